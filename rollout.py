@@ -1,0 +1,707 @@
+"""The tasks half of rollout.py: records, tasks with their splits, answer extraction, grading."""
+import hashlib
+import http.client
+import inspect
+import json
+import os
+import random
+import re
+import sys
+import itertools
+import math
+import urllib.request
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import Layout, attention, token_logprobs
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str                 # stable across processes and versions: "arithmetic-1/train/17"
+    question: str
+    answer: str
+    solution: str = ""      # reference steps that end in a line "#### answer"; may be empty
+
+
+@dataclass(frozen=True)
+class Grade:
+    reward: float           # 0.0 or 1.0
+    feedback: str           # first line: what was wrong; below it, unless right, the reference solution
+
+
+@dataclass(frozen=True)
+class Example:
+    question: str
+    answer: str
+    problem_id: str         # so that an example is never scored on its own problem
+
+
+@dataclass(frozen=True)
+class Context:
+    """A fast weight phi: a system text and worked examples, which stand before the question as earlier turns."""
+    system: str
+    examples: tuple[Example, ...] = ()
+
+    def messages(self, question):
+        # The system turn is given even when empty: without one, the templates of Qwen2.5 and SmolLM2 put in a default
+        # of their own. The question is given bare: the format asked for is what phi has to learn from feedback.
+        turns = [("system", self.system)]
+        for example in self.examples:
+            turns += [("user", example.question), ("assistant", example.answer)]
+        return [{"role": role, "content": content} for role, content in [*turns, ("user", question)]]
+
+    def without(self, problem_id):
+        """This context less the examples made of that problem."""
+        return Context(self.system, tuple(e for e in self.examples if e.problem_id != problem_id))
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+def extract_answer(text):
+    """The rest of the line after the last `####`, stripped; None where there is none or it is empty."""
+    _, mark, tail = text.rpartition("####")
+    return tail.splitlines()[0].strip() or None if mark and tail else None
+
+
+NUMBER = re.compile(r"(?:-\s?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"   # -1,000 1000.5 .5
+                    r"(?:[eE][-+]?\d{1,8}(?!\w))?")                                              # 1e3
+
+
+def tidy(text):
+    return re.sub(r"[$€£]", "", text.replace("−", "-")).strip().rstrip("%. ")
+
+
+def plain(text):
+    return re.sub(r"[\s*`'\"]", "", text).rstrip(".")
+
+
+def parse_number(text):
+    """The one number that `text` states, as an exact Decimal; None where it states none, or more than one.
+
+    Words and units around it are passed over, the % sign too ("50%" is 50, as in GSM8K). Several sides of an = must
+    agree ("12 = 12"). What is left to compute or to choose is no number: "1/2", "3 + 4" and "12 or 13" are None.
+    """
+    sides = [NUMBER.findall(side) for side in tidy(text).split("=")]
+    values = {Decimal(re.sub(r"[,\s]", "", number)) for side in sides for number in side}
+    return values.pop() if len(values) == 1 and max(map(len, sides)) == 1 else None
+
+
+def same_answer(reference, given, fold_case=True):
+    """Equal as exact numbers where the reference is just a number, else as text without spaces, quotes, markup."""
+    if NUMBER.fullmatch(tidy(reference)):
+        return parse_number(given) == parse_number(reference)
+    reference, given = plain(reference), plain(given)
+    return reference == given or fold_case and reference.casefold() == given.casefold()
+
+
+# ---- tasks ---------------------------------------------------------------------------------------------------------
+
+class Task:
+    """Problems in three splits that share no question, and their grader."""
+    argument, levels, fold_case = "", 1, True       # argument: what follows the name, such as ":FILE"
+    asked = "the answer and nothing else"
+    seed_prompt = "You are a helpful assistant."
+
+    def __init__(self, argument="", level=1, data=None):
+        if level not in range(1, self.levels + 1):
+            raise ValueError(f"task {self.name} has no level {level}: its highest is {self.levels}")
+        label = self.name + (f":{Path(argument).stem}" if argument else f"-{level}" if self.levels > 1 else "")
+        rows, seen, self.splits = self.rows(argument, level, data), set(), {}
+        for split in ("test", "val", "train"):      # a question that is in several stays in the first of these
+            kept = self.splits[split] = []
+            for i, (question, *rest) in enumerate(rows[split]):
+                text = " ".join(question.split())
+                if text not in seen:
+                    kept.append(Problem(f"{label}/{split}/{i}", question, *rest))
+                    seen.add(text)
+            if not kept:
+                raise ValueError(f"task {label} has no problems for its {split} split: it needs more of them")
+        assert len(seen) == sum(map(len, self.splits.values())), "two splits share a question"
+        if repeated := sum(map(len, rows.values())) - len(seen):
+            print(f"task {label}: dropped {repeated} repeated questions", file=sys.stderr)
+
+    def problems(self, split):
+        if split not in self.splits:
+            raise ValueError(f"unknown split {split!r}: known are train, val, test")
+        return self.splits[split]
+
+    def correct(self, problem, given):
+        return same_answer(problem.answer, given, self.fold_case)
+
+    def explain(self, problem, given):
+        """What is wrong with a wrong answer."""
+        vague = parse_number(given) is None and parse_number(problem.answer) is not None
+        hint = f" After #### write {self.asked}." if vague else ""
+        return f"The answer '{given}' is wrong: the right answer is {problem.answer}.{hint}"
+
+    def grade(self, problem, text, stopped=True):
+        """Reward 1 if the text after the last `####` is right. stopped=False: it was cut off at the length limit."""
+        given, reward = extract_answer(text), 0.0
+        if given is None:
+            feedback = f"The response has no final answer: it must end in a line '#### ' followed by {self.asked}."
+        elif self.correct(problem, given):
+            reward, feedback = 1.0, f"Correct: the answer is {problem.answer}."
+        else:       # quoted back without control characters: it may end up in a prompt or on a terminal
+            feedback = self.explain(problem, "".join(filter(str.isprintable, given))[:80])
+        if not stopped:
+            feedback += " The response was cut off at the length limit: write less and stop after the #### line."
+        if not reward and problem.solution:
+            feedback += f"\nA reference solution:\n{problem.solution}"
+        return Grade(reward, feedback)
+
+
+class Generated(Task):
+    """Problems from one random stream, a function of name and level: `make` gives question, answer and steps."""
+
+    def rows(self, argument, level, data):
+        rng, seen, rows = random.Random(f"{self.name}-{level}"), set(), {}
+        for split, size in {"test": 512, "val": 256, "train": 4096}.items():
+            rows[split] = []
+            while len(rows[split]) < size:
+                question, answer, steps = self.make(rng, level)
+                if question not in seen:
+                    rows[split].append((question, answer, "\n".join([*steps, f"#### {answer}"])))
+                    seen.add(question)
+        return rows
+
+
+NAMES = "Mia Tom Ava Ben Zoe Sam Lily Max Ruth Leo Nina Omar Ella Jack Rosa Ivan Anna Paul Kate Hugo".split()
+THINGS = "books stamps marbles stickers shells cards balloons beads apples cookies oranges plums pears lemons".split()
+OWNS, HOW_MANY = "{name} has {n} {things}", "How many {things} does {name} have now?"
+STORIES = [     # things; an opening; openings with a product; events that add; events that take away; the question
+    (THINGS, OWNS, ["{name} has {c} boxes with {d} {things} in each", "{name} has {c} bags of {d} {things}",
+                    "{name} buys {c} packs of {d} {things}", "{friend} gives {name} {d} {things} a day for {c} days"],
+     ["{name} buys {n}", "{name} finds {n}", "{name} gets {n} from {friend}", "{friend} gives {name} {n}"],
+     ["{name} gives {n} to {friend}", "{name} loses {n}", "{name} sells {n}"], HOW_MANY),
+    (["dollars"], OWNS, ["{name} works for {c} hours and earns {d} dollars an hour",
+                         "{name} saves {d} dollars a week for {c} weeks"],
+     ["{name} earns {n}", "{name} gets {n} from {friend}"], ["{name} spends {n}", "{name} loses {n}"], HOW_MANY),
+    (["points"], "{name} has {n} points in a game", ["{name} plays {c} rounds of a game and wins {d} points in each"],
+     ["{name} wins {n}", "{name} scores {n}"], ["{name} loses {n}"], HOW_MANY),
+    (["birds"], "There are {n} birds on a roof", ["{c} flocks of {d} birds sit on a roof"],
+     ["{n} arrive", "{n} land there"], ["{n} fly away"], "How many birds are on the roof now?"),
+    (["passengers"], "There are {n} passengers on a bus", ["A bus has {c} rows with {d} passengers in each"],
+     ["{n} get on"], ["{n} get off"], "How many passengers are on the bus now?"),
+    (["children"], "There are {n} children in a park", ["{c} groups of {d} children play in a park"],
+     ["{n} come", "{n} join them"], ["{n} go home", "{n} leave"], "How many children are in the park now?"),
+    (["flowers"], "There are {n} flowers in a garden", ["A garden has {c} rows of {d} flowers"],
+     ["{name} plants {n}"], ["{name} picks {n}"], "How many flowers are in the garden now?")]
+
+
+class Arithmetic(Generated):
+    """Word problems of `level` steps: a product of 2 to 9 may come first, then sums and differences up to 40."""
+    name, levels, asked = "arithmetic", 8, "the number and nothing else"
+
+    def make(self, rng, level):
+        things, opening, products, gains, losses, question = rng.choice(STORIES)
+        things, (name, friend) = rng.choice(things), rng.sample(NAMES, 2)
+        c, d, total, steps = rng.randint(2, 9), rng.randint(2, 9), rng.randint(3, 40), []
+        words = {"name": name, "friend": friend, "things": things, "c": c, "d": d}
+        if rng.random() < 1 / 3:
+            opening, total, steps = rng.choice(products), c * d, [f"{c} * {d} = {c * d}"]
+            question = question.replace(" now", "") if level == 1 else question
+        text = opening.format(n=total, **words)
+        while len(steps) < level:
+            gain = total < 3 or total <= 38 and rng.random() < 1 / 2
+            change = rng.randint(2, 40 - total if gain else min(total - 1, 40))     # always a plural; some are left
+            n = ("{} more {}" if gain else "{} {}") if steps else ("{} more" if gain else "{} of them")
+            event = rng.choice(gains if gain else losses).format(n=n.format(change, things), **words)
+            if not steps and text.startswith(name) and event.startswith(name) and rng.random() < 1 / 2:
+                text += f" and{event.removeprefix(name)}"
+            else:
+                text += f". {rng.choice(['Then', 'Later,', 'After that,'])} {event}"
+            before, total = total, total + change if gain else total - change
+            steps.append(f"{before} {'+' if gain else '-'} {change} = {total}")
+        return f"{text}. {question.format(**words)}", str(total), steps
+
+
+class Star(Generated):
+    """Find the path from the centre of a star-shaped graph to the end of one of its arms (arXiv 2510.03971)."""
+    shapes = ((2, 1), (2, 2), (3, 2), (3, 3), (5, 5), (10, 5))      # of level 1, 2, ...: (arms, edges in each arm)
+    name, levels, asked = "star", len(shapes), "the nodes of the path in order, separated by commas"
+
+    def make(self, rng, level):
+        arms, length = self.shapes[level - 1]
+        start, *nodes = map(str, rng.sample(range(1, 100), arms * length + 1))
+        paths = [[start, *nodes[i:i + length]] for i in range(0, len(nodes), length)]
+        edges = [f"{a}-{b}" for path in paths for a, b in zip(path, path[1:])]
+        rng.shuffle(edges)
+        goal, answer = paths[0][-1], ",".join(paths[0])
+        return (f"A graph has these edges: {', '.join(edges)}. Which path leads from {start} to {goal}?", answer,
+                [f"Backwards from {goal}: {', '.join(reversed(paths[0]))}."])
+
+    def correct(self, problem, given):
+        return re.findall(r"\d+", given) == problem.answer.split(",")   # "4 -> 17 -> 9" and "[4, 17, 9]" are 4,17,9
+
+    def explain(self, problem, given):
+        path, told = problem.answer.split(","), re.findall(r"\d+", given)
+        right = len(os.path.commonprefix([path, told]))                 # so many nodes are right
+        if right == 0:
+            return f"The path must start at {path[0]}: the right answer is {problem.answer}."
+        here = path[right - 1]
+        wrong = f"The first wrong edge is {here}-{told[right]}" if told[right:] else f"The path ends too early at {here}"
+        onward = f"the path to {path[-1]} goes on along {here}-{path[right]}" if path[right:] else "the path must end"
+        return f"{wrong}: at {here} {onward}."
+
+
+class CodeIO(Generated):
+    """Say what a Python function of `level` lines returns. Only our own templates are run, never a model's text."""
+    name, levels, asked, fold_case = "codeio", 5, "the returned value and nothing else", False
+    operations = {  # on x, by its type; no result is too short for any operation that may follow
+        int: ["{x} + {k}", "{x} - {k}", "{x} * {k}", "{x} // {k}", "{x} % {k}", "abs({x} - {k})", "max({x}, {k}{k})",
+              "{x} // 2 if {x} % 2 == 0 else {x} + {k}", "[{x}, {x} + {k}, {x} - {k}]"],
+        str: ["{x}[::-1]", "{x} + {v!r}", "{x}[:3]", "{x}[-2:]", "{x}.replace({v!r}, {w!r})", "{x}.count({v!r})",
+              "{x}.upper()", "len({x})", "{x} * 2", "''.join(sorted({x}))"],
+        list: ["sorted({x})", "{x}[::-1]", "sum({x})", "max({x})", "min({x})", "{x}[1]", "{x} + [{k}]",
+               "[n + {k} for n in {x}]", "[n * {k} for n in {x}]", "sum(n for n in {x} if n > {k})"]}
+
+    def make(self, rng, level):
+        value = rng.choice([rng.randint(2, 60), [rng.randint(1, 20) for _ in range(rng.randint(3, 5))],
+                            "".join(rng.choice("bdklmnprst") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))])
+        call, lines, steps = f"f({value!r})", ["def f(x):"], []
+        for i in range(level):
+            blanks = dict(zip("vw", rng.sample("aeiou", 2)), k=rng.randint(2, 9))
+            operation = rng.choice(self.operations[type(value)])
+            lines.append(("    return " if i == level - 1 else "    x = ") + operation.format(x="x", **blanks))
+            written = operation.format(x=repr(value), **blanks)
+            value = eval(written, {})
+            steps.append(f"{written} = {value!r}")
+        return "\n".join([*lines, f"What does {call} return?"]), repr(value), steps
+
+
+def parse_row(line):
+    row = json.loads(line.decode("utf-8-sig"), parse_int=Decimal, parse_float=Decimal)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    texts = ["" if row.get(key) is None else row[key] for key in ("question", "answer", "solution", "split")]
+    texts[1] = str(texts[1]) if isinstance(texts[1], Decimal) else texts[1]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("'question', 'answer', 'solution' and 'split' must be texts ('answer' may be a number)")
+    "".join(texts).encode()                 # half a surrogate pair fails here, not later in the tokenizer
+    question, answer, solution, split = map(str.strip, texts)
+    if "####" in answer:                    # steps and answer in one, as in GSM8K; its <<sums>> are left out
+        solution, answer = solution or re.sub(r"<<.*?>>", "", answer), extract_answer(answer) or ""
+    answer = " ".join(answer.split())
+    if not plain(question) or not plain(answer):
+        raise ValueError("'question' or 'answer' is missing or empty")
+    if split not in ("", "train", "val", "test"):
+        raise ValueError(f"'split' must be train, val or test, not {split!r:.40}")
+    if solution and not same_answer(answer, extract_answer(solution) or ""):
+        solution += f"\n#### {answer}"
+    return question, answer, solution, split
+
+
+def read_jsonl(path):
+    """Rows (question, answer, solution, split) of a file with a JSON object in each line: texts, of which the last
+    two may be missing; "answer" may be a number. A broken line raises ValueError with its number."""
+    rows = []
+    for count, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        try:
+            rows += [parse_row(line)] if line.strip() else []
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{path}, line {count}: {error}") from error
+    return rows
+
+
+class JSONL(Task):
+    """Lines that name no split are shared out 80/10/10 by a hash of the question: a new line never moves another."""
+    name, argument = "jsonl", ":FILE"
+
+    def rows(self, argument, level, data):
+        rows = {"train": [], "val": [], "test": []}
+        for *row, split in read_jsonl(argument):
+            share = int(hashlib.sha256(" ".join(row[0].split()).encode()).hexdigest(), 16) % 10
+            rows[split or {0: "test", 1: "val"}.get(share, "train")].append(row)
+        return rows
+
+
+class GSM8K(Task):
+    """Grade-school word problems (arXiv 2110.14168). val: the last 256 problems of train.jsonl."""
+    name, asked = "gsm8k", Arithmetic.asked
+    url = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+    sha256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+              "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
+
+    def rows(self, argument, level, data):
+        folder = self.folder(data)
+        train, test = ([row[:3] for row in read_jsonl(folder / file)] for file in self.sha256)
+        cut = len(train) - min(256, len(train) // 4)
+        return {"train": train[:cut], "val": train[cut:], "test": test}
+
+    def folder(self, data):
+        """Where the two files are: --data, else $FST_DATA, else the cache, into which they may be downloaded."""
+        cache = Path(os.environ.get("FST_CACHE") or Path.home() / ".cache/fst") / "gsm8k"
+        shared = Path(os.environ.get("FST_DATA") or cache.parent)
+        for folder in [Path(data), Path(data) / "gsm8k"] if data else [shared / "gsm8k", shared, cache]:
+            if all((folder / file).is_file() for file in self.sha256):
+                return folder
+        try:
+            if data:
+                raise OSError(f"it is not in {data}")
+            for file, digest in self.sha256.items():
+                with urllib.request.urlopen(self.url + file, timeout=30) as reply:
+                    content = reply.read()
+                if hashlib.sha256(content).hexdigest() != digest:
+                    raise OSError(f"the sha256 of {file} is not that of the published file")
+                cache.mkdir(parents=True, exist_ok=True)
+                partial = cache / f"{file}.{os.getpid()}"       # renamed when whole
+                partial.write_bytes(content)
+                partial.replace(cache / file)
+        except (OSError, http.client.HTTPException) as error:
+            raise FileNotFoundError(
+                f"GSM8K was not found ({error}): give the folder of its train.jsonl and test.jsonl with --data, put "
+                "them into $FST_DATA/gsm8k, or go online to github.com; --task arithmetic needs no data") from error
+        return cache
+
+
+class ReasoningGym(Task):
+    """Any reasoning-gym data set with answers of one line: reward 1 where its own score is 1, no partial credit."""
+    name, argument = "rg", ":NAME"
+
+    def rows(self, argument, level, data):
+        try:
+            import reasoning_gym
+        except ImportError as error:
+            raise ValueError("task rg:NAME needs a package: pip install reasoning-gym") from error
+        rows, self.entries = {}, {}
+        for seed, (split, size) in enumerate({"test": 256, "val": 128, "train": 1024}.items()):
+            self.source = reasoning_gym.create_dataset(argument, seed=seed * 10**6, size=size)   # item i: seed + i
+            if re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(type(self.source).score_answer)):
+                raise ValueError(f"rg:{argument} is refused: its grader runs what a model writes as Python code")
+            rows[split] = []
+            for entry in self.source:
+                question, answer = entry["question"], entry["answer"]
+                if isinstance(answer, str) and "\n" not in answer and self.source.score_answer(answer, entry) >= 1:
+                    self.entries.setdefault(question, entry)
+                    rows[split].append((question, answer))
+        return rows
+
+    def correct(self, problem, given):
+        return self.source.score_answer(given, self.entries[problem.question]) >= 1
+
+
+TASKS = {task.name: task for task in (Arithmetic, GSM8K, JSONL, Star, CodeIO, ReasoningGym)}
+
+
+def get_task(name, level=1, data=None, seed_prompt=None):
+    """The task `name`: a key of TASKS, with its argument where it takes one. data: the folder of gsm8k's files."""
+    kind, _, argument = name.partition(":")
+    if kind not in TASKS or bool(argument) != bool(TASKS[kind].argument):
+        known = ", ".join(known + task.argument for known, task in TASKS.items())
+        raise ValueError(f"unknown task {name!r}: known are {known}")
+    task = TASKS[kind](argument, level, data)
+    task.seed_prompt = task.seed_prompt if seed_prompt is None else seed_prompt
+    return task
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sampler
+
+
+@dataclass(frozen=True)
+class Completion:
+    tokens: list[int]         # as sampled, the stop token included
+    logprobs: list[float]     # of each token, nats, at the sampling temperature (greedy: at temperature 1)
+    stopped: bool             # ended by a stop token; False: cut off at the limit
+
+
+def pick(logits, uniform, temperature):
+    """One token per row by inverting the cumulative distribution at `uniform` in [0, 1), or the most likely one where the
+    temperature is 0. logits [rows, vocab] fp32, uniform [rows] -> tokens [rows], log-probs [rows].
+
+    The vocabulary is cut into blocks: first find the block, then the token in it, so that no cumulative sum runs over it all."""
+    logits = logits / (temperature or 1.0)
+    largest = logits.amax(-1, keepdim=True)
+    weight = (logits - largest).exp_()                                                        # [rows, vocab]
+    size = math.gcd(weight.shape[1], 512)
+    blocks = weight.view(len(weight), -1, size)                                               # [rows, blocks, size]
+    edges = blocks.sum(-1).cumsum(-1)                                                         # [rows, blocks]
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        target = uniform[:, None] * edges[:, -1:]
+        block = (edges <= target).sum(-1, keepdim=True).clamp_(max=edges.shape[1] - 1)
+        target = target - F.pad(edges, (1, 0)).gather(1, block)
+        inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].cumsum(-1)   # [rows, size]
+        # rounding may put the target at or past the block's end: stay on the last token that has any weight
+        target = torch.minimum(target, torch.nextafter(inside[:, -1:], torch.zeros_like(target)))
+        token = block[:, 0] * size + (inside <= target).sum(-1)
+    logprob = logits.gather(1, token[:, None]) - largest - edges[:, -1:].log()
+    return token, logprob[:, 0]
+
+
+def share(prompts):
+    """Cuts sorted prompts into runs that keep one copy of their common prefix, so that the fewest tokens are kept in all:
+    list of (start, stop, prefix length). Every prompt keeps at least its last token to itself."""
+    lengths = [0, *itertools.accumulate(map(len, prompts))]
+    common = [next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), min(len(x), len(y)))
+              for x, y in itertools.pairwise(prompts)]
+    best = [(0, 0, 0)]                                          # for the first n prompts: tokens kept, start of the last run, its prefix
+    for stop in range(1, len(prompts) + 1):
+        prefix, options = len(prompts[stop - 1]) - 1, []
+        for start in reversed(range(stop)):
+            if start < stop - 1:
+                prefix = min(prefix, common[start], len(prompts[start]) - 1)
+            kept = best[start][0] + lengths[stop] - lengths[start] - (stop - start - 1) * prefix
+            options.append((kept, start, prefix))
+        best.append(min(options))
+    runs, stop = [], len(prompts)
+    while stop:
+        _, start, prefix = best[stop]
+        runs.append((start, stop, prefix))
+        stop = start
+    return runs[::-1]
+
+
+def prefix_segments(prompts):
+    """Sorted distinct prompts -> segments for a Layout in which common prefixes stand once, and for each prompt the index of its
+    last segment."""
+    segments, last = [], {}
+    for start, stop, prefix in share(prompts):
+        parent = None
+        if stop - start > 1 and prefix:
+            parent = len(segments)
+            segments.append((prompts[start][:prefix], None))
+        for prompt in prompts[start:stop]:
+            last[prompt] = len(segments)
+            segments.append((prompt if parent is None else prompt[prefix:], parent))
+    return segments, last
+
+
+class Block:
+    """Rows that were admitted together, with their keys and values: P prefixes, up to S rows under each. A row's own part of
+    the cache holds the rest of its prompt, moved to the right so that all rows write their next token at the same place."""
+    GROWTH = 16               # tokens that the cache grows by; each time it does, finished rows leave it
+
+    def __init__(self, rows, prompts, paths, cache, start):
+        """rows: ids, sorted by prompt; prompts, paths: of each row, its tokens and where they lie in the prefill's `cache`,
+        a list of (k, v) [tokens, kv_heads, head_dim] per layer; start: number of new tokens so far."""
+        runs = share(prompts)
+        device, dtype = cache[0][0].device, cache[0][0].dtype
+        P, S = len(runs), max(stop - first for first, stop, _ in runs)
+        far = max(prefix for _, _, prefix in runs)
+        near = max(len(prompts[i]) - prefix for first, stop, prefix in runs for i in range(first, stop))
+        shared, own = torch.zeros(P, far, dtype=torch.long), torch.zeros(P, S, near, dtype=torch.long)
+        shared_mask = torch.full((P, 1, 1, 1, far), -torch.inf)
+        self.mask = torch.full((P, 1, S, 1, near), -torch.inf)
+        slot = []
+        for p, (first, stop, prefix) in enumerate(runs):
+            shared[p, :prefix] = torch.tensor(paths[first][:prefix], dtype=torch.long)
+            shared_mask[p, ..., :prefix] = 0
+            for s, i in enumerate(range(first, stop)):
+                rest = paths[i][prefix:]
+                own[p, s, near - len(rest):] = torch.tensor(rest)
+                self.mask[p, :, s, :, near - len(rest):] = 0
+                slot.append(p * S + s)
+        shared, own, shared_mask = shared.to(device), own.to(device), shared_mask.to(device, dtype)
+        self.mask = self.mask.to(device, dtype)
+        self.shared = [(k[shared].transpose(1, 2).contiguous(), v[shared].transpose(1, 2).contiguous(), shared_mask)
+                       for k, v in cache] if far else [None] * len(cache)
+        self.own = [[x[own].permute(0, 3, 1, 2, 4) for x in layer] for layer in cache]        # [P, kv_heads, S, near, head_dim]
+        self.row = torch.tensor(rows, device=device)                                          # [live]
+        self.slot = torch.tensor(slot, device=device)                                         # [live], p * S + s
+        self.position = torch.tensor([len(p) for p in prompts], device=device)                # [live], of the next token
+        self.new, self.length = start, near
+
+    def keep(self, alive):
+        """Rows where alive [live] is False leave the linear layers now, and the cache when it next grows."""
+        self.row, self.slot, self.position = self.row[alive], self.slot[alive], self.position[alive]
+
+    def grow(self):
+        """Lays the cache out anew: without the finished rows, with room for GROWTH more tokens."""
+        P, _, S, _, near = self.mask.shape
+        prefix, counts = (self.slot // S).unique_consecutive(return_counts=True)              # those that still have rows
+        width = int(counts.max())
+        p = torch.arange(len(prefix), device=prefix.device).repeat_interleave(counts)
+        s = torch.arange(len(self.slot), device=p.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        source = torch.zeros(len(prefix), width, dtype=torch.long, device=p.device)           # [P, S] -> slot; vacant: slot 0
+        source[p, s] = self.slot
+        if len(prefix) < P:
+            self.shared = [part and tuple(x[prefix] for x in part) for part in self.shared]
+        move = lambda x, value: F.pad(x[source // S, :, source % S].transpose(1, 2).flip(-2), (0, 0, self.GROWTH, 0), value=value).flip(-2)
+        self.own = [[move(x, 0.0) for x in layer] for layer in self.own]
+        self.mask = move(self.mask.transpose(-1, -2), -torch.inf).transpose(-1, -2)
+        self.slot = p * width + s
+
+    def attend(self, index, q, k, v):
+        """One new token per live row: q [live, heads, head_dim], k and v [live, kv_heads, head_dim]."""
+        P, _, S, _, _ = self.mask.shape
+        for cache, x in zip(self.own[index], (k, v)):
+            cache[self.slot // S, :, self.slot % S, self.length] = x
+        padded = q.new_zeros(P * S, *q.shape[1:])
+        padded[self.slot] = q
+        out = attention(padded.view(P, S, 1, *q.shape[1:]), *self.own[index], self.mask, self.shared[index])
+        return out.view(P * S, -1)[self.slot]
+
+
+class Sampler:
+    """Draws completions from the model, many rows at a time.
+
+    slots: rows decoded together; as rows finish, waiting ones are admitted. progress: a label for a progress bar, or None."""
+
+    def __init__(self, model, tokenizer, slots=128):
+        self.model, self.tokenizer, self.slots = model, tokenizer, slots
+        # A finished row is dropped at once on a CPU, where each row costs; on a GPU asking which are finished would wait for the
+        # device at every token, so it is asked only when the cache grows.
+        self.patience = 1 if model.embedding.device.type == "cpu" else Block.GROWTH
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None):
+        """prompts: token ids, or texts -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
+
+        A row's randomness is a function of (seed, its prompt, how many equal prompts stand before it), one uniform per token,
+        drawn ahead: who else is in the batch changes a row by the arithmetic's rounding at most."""
+        prompts = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in prompts]
+        context, device = self.model.config.context, self.model.embedding.device
+        for prompt in prompts:
+            if not 0 < len(prompt) < context:
+                raise ValueError(f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}")
+        if max_new_tokens < 1 or temperature < 0:
+            raise ValueError(f"cannot sample {max_new_tokens} tokens at temperature {temperature}")
+        if not prompts:
+            return []
+        self.limit = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
+        self.uniform = torch.from_numpy(uniforms(prompts, max_new_tokens, seed)).to(device)   # [rows, max new tokens]
+        self.tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)
+        self.end = torch.zeros(len(prompts), dtype=torch.long, device=device)                 # 0 while a row is alive
+        self.stop = torch.tensor(self.tokenizer.stop_ids, device=device)
+        self.temperature = temperature
+
+        training = self.model.training
+        self.model.eval()
+        waiting = sorted(range(len(prompts)), key=lambda row: prompts[row])      # neighbours share prefixes
+        blocks = []
+        with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="row") as bar:
+            while waiting or blocks:
+                free = self.slots - sum(len(block.row) for block in blocks)
+                if waiting and free >= min(len(waiting), self.slots / 2):
+                    blocks.append(self.admit(waiting[:free], prompts))
+                    waiting = waiting[free:]
+                else:
+                    self.decode(blocks)
+                for block in blocks:
+                    if block.new % self.patience == 0 or block.new == max_new_tokens:
+                        alive = self.end[block.row] == 0
+                        if not alive.all():
+                            bar.update(int((~alive).sum()))
+                            block.keep(alive)
+                blocks = [block for block in blocks if len(block.row)]
+        self.model.train(training)
+
+        stopped = torch.isin(self.tokens.gather(1, self.end[:, None] - 1)[:, 0], self.stop).tolist()
+        return [Completion(t[:n], l[:n], s) for t, l, n, s in
+                zip(self.tokens.tolist(), self.logprobs.tolist(), self.end.tolist(), stopped)]
+
+    def admit(self, rows, prompts):
+        """Prefills the rows' distinct prompts, common prefixes once, and samples the rows' first token."""
+        segments, last = prefix_segments(sorted({prompts[row] for row in rows}))
+        layout, cache = Layout(segments, self.model.embedding.device), []
+
+        def attend(index, q, k, v):
+            cache.append((k, v))
+            return layout.attend(index, q, k, v)
+
+        hidden = self.model.hidden(layout.tokens, layout.positions, attend)
+        block = Block(rows, [prompts[row] for row in rows], [layout.path(last[prompts[row]]) for row in rows], cache, 0)
+        ends = [layout.slices[last[prompts[row]]].stop - 1 for row in rows]
+        self.advance(block, hidden[ends])
+        return block
+
+    def decode(self, blocks):
+        """One more token for every live row."""
+        for block in blocks:
+            if block.length == block.mask.shape[-1]:
+                block.grow()
+            block.mask[..., block.length] = 0
+        parts = [len(block.row) for block in blocks]
+
+        def attend(index, q, k, v):
+            return torch.cat([block.attend(index, *x) for block, *x in zip(blocks, q.split(parts), k.split(parts), v.split(parts))])
+
+        tokens = torch.cat([self.tokens[block.row, block.new - 1] for block in blocks])
+        hidden = self.model.hidden(tokens, torch.cat([block.position for block in blocks]), attend)
+        for block, h in zip(blocks, hidden.split(parts)):
+            block.length += 1
+            block.position = block.position + 1
+            self.advance(block, h)
+
+    def advance(self, block, hidden):
+        """Samples each live row's next token from its last hidden state [live, hidden]."""
+        row, new = block.row, block.new
+        logits = F.linear(hidden, self.model.output_weight()).float()                         # [live, vocab]
+        token, logprob = pick(logits, self.uniform[row, new], self.temperature)
+        self.tokens[row, new], self.logprobs[row, new] = token, logprob
+        done = torch.isin(token, self.stop) | (new + 1 >= self.limit[row])
+        self.end[row] = torch.where(done & (self.end[row] == 0), new + 1, self.end[row])
+        block.new += 1
+
+
+def uniforms(prompts, count, seed):
+    """One uniform in [0, 1) per prompt and new token, [prompts, count] fp32; seed: a non-negative integer or a tuple of them."""
+    seen, out = {}, np.empty((len(prompts), count), dtype=np.float32)
+    for row, prompt in enumerate(prompts):
+        seen[prompt] = seen.get(prompt, -1) + 1
+        key = hashlib.sha256(repr((seed, prompt, seen[prompt])).encode()).digest()
+        out[row] = np.random.Generator(np.random.Philox(int.from_bytes(key[:16], "little"))).random(count, dtype=np.float32)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+@dataclass(frozen=True)
+class Rollout:
+    problem: Problem
+    context: Context          # the one it was sampled under, and is trained under
+    prompt: tuple[int, ...]   # token ids of the context and the question
+    tokens: list[int]         # token ids of the answer, as sampled: never encoded again
+    logprobs: list[float]     # the behaviour policy's, one per token
+    text: str
+    stopped: bool
+    reward: float
+    feedback: str
+
+
+def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=None):
+    """Puts each (context, problem) to the model, all in one batch, and grades the answers: a Rollout each, in order. A problem
+    that stands among its context's worked examples is asked without that example: its answer is not to be copied."""
+    jobs = [(context.without(problem.id), problem) for context, problem in jobs]
+    prompts = {job: tuple(sampler.tokenizer.chat(job[0].messages(job[1].question))) for job in dict.fromkeys(jobs)}
+    completions = sampler.generate([prompts[job] for job in jobs], max_new_tokens, temperature, seed, progress)
+    rollouts = []
+    for (context, problem), completion in zip(jobs, completions):
+        text = sampler.tokenizer.decode(completion.tokens[:len(completion.tokens) - completion.stopped])
+        grade = task.grade(problem, text, completion.stopped)
+        rollouts.append(Rollout(problem, context, prompts[context, problem], completion.tokens, completion.logprobs, text,
+                                completion.stopped, grade.reward, grade.feedback))
+    return rollouts
+
+
+def score(model, rows, temperature=1.0):
+    """rows: list of (prompt, tokens) ids -> log-probs and entropies [all rows' tokens, one row after another], the prompts'
+    common prefixes run once, and with gradient where it is on: the same forward as the sampler's, all tokens known."""
+    prompts = sorted({tuple(prompt) for prompt, _ in rows})
+    segments, last = prefix_segments(prompts)
+    tails = {}                                                     # a completion's last token predicts nothing
+    for row, (prompt, tokens) in enumerate(rows):
+        if len(tokens) > 1:
+            tails[row] = len(segments)
+            segments.append((tokens[:-1], last[tuple(prompt)]))
+    layout = Layout(segments, model.embedding.device)
+    predictors = []                                                # whose hidden state predicts a completion's tokens
+    for row, (prompt, _) in enumerate(rows):
+        predictors.append(layout.slices[last[tuple(prompt)]].stop - 1)
+        if row in tails:
+            predictors += range(layout.slices[tails[row]].start, layout.slices[tails[row]].stop)
+    hidden = model.hidden(layout.tokens, layout.positions, layout.attend)
+    targets = torch.tensor([token for _, tokens in rows for token in tokens], device=hidden.device)
+    return token_logprobs(model, hidden[predictors], targets, temperature)
