@@ -1,0 +1,801 @@
+"""
+Fast-Slow Training (FST, arXiv 2605.12484) in one process: a language model learns a task through two channels at once.
+
+  fast weights   a population of K prompts (instruction, lessons, worked examples), evolved by reflection on the text of
+                 the rollouts and of their grading                                              -> reflect.py
+  slow weights   the parameters theta, moved by the reward alone                                 -> below
+
+One cycle: look ahead at the next T batches of problems; evolve the K prompts on them, theta frozen; then T optimizer steps,
+prompts frozen. In a step every problem gets a group of G rollouts, G / K under each prompt phi, and
+
+    A_i  = (r_i - mean(r)) / (std(r) + eps)                     over the whole group, across prompts
+    L    = - E[ sg(min(rho_t, cap)) * A_i * log pi_theta(y_t | x, phi_i, y_<t) ],   rho_t = pi_theta / mu         (CISPO)
+
+mu being the policy that sampled, whose log-probs the sampler recorded. So the prompt takes up quickly what is specific to the
+task, and the parameters need to move less.
+
+    python fst.py                       SmolLM2-135M learns word problems, on whatever this machine has
+    python fst.py --task gsm8k          GSM8K
+    python fst.py --check               says what would run, and what it takes, and why each default is what it is
+"""
+import argparse
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import reflect
+from model import load, save
+from rollout import TASKS, Context, Sampler, ask, get_task, score
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Configuration: one flag per field
+
+
+def setting(default, meaning, source="ours"):
+    return dataclasses.field(default=default, metadata={"help": meaning, "source": source})
+
+
+METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
+LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
+
+
+@dataclass
+class Config:
+    # what is learnt, by whom
+    task: str = setting("arithmetic", f"one of {', '.join(TASKS)}, with its argument (jsonl:FILE); or several, a,b,c, in turn")
+    level: int = setting(1, "difficulty of a generated task")
+    method: str = setting("fst", f"one of {', '.join(METHODS)}", "paper: fst")
+    model: str = setting("auto", "a Hub id, a Hugging Face directory, a .gguf file, or smollm2-135m")
+    seed_prompt: str = setting("", "system prompt to start from, a text or a file; empty: the task's own")
+    data: str = setting("", "folder of the task's data; empty: $FST_DATA, the cache, a download")
+    seed: int = setting(0, "of everything random")
+    device: str = setting("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
+    dtype: str = setting("auto", "float32 or bfloat16, of all but the master weights; auto: on a CPU the faster, else bfloat16")
+    # the cycle
+    why_model: str = dataclasses.field(default="", metadata={})      # no flag: the reason, for the record
+    steps: int = setting(None, "slow steps, for each task", "paper: not known; ours by device")
+    cycle: int = setting(6, "T: slow steps in a cycle", "paper")
+    batch: int = setting(None, "problems in a slow step", "paper: 32; on a CPU 8")
+    group: int = setting(16, "G: rollouts of a problem", "paper: not known")
+    prompts: int = setting(4, "K: prompts in the population", "paper")
+    # sampling
+    max_new_tokens: int = setting(None, "limit of an answer", "paper: not known; ours by task")
+    temperature: float = setting(1.0, "of the rollouts that train; no truncation, so that the loss knows the sampling policy")
+    slots: int = setting(None, "rows decoded at once", "ours by device")
+    # slow weights
+    loss: str = setting("cispo", f"one of {', '.join(LOSSES)}", "paper")
+    cap: float = setting(4.0, "CISPO's cap on the importance weight", "paper")
+    lr: float = setting(1e-5, "AdamW's learning rate", "paper: not known")
+    warmup: int = setting(10, "updates of linear warm-up", "paper")
+    kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
+    micro_batch: int = setting(None, "tokens in one forward and backward pass", "ours by device")
+    # fast weights
+    passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
+    prompt_tokens: int = setting(1024, "longest context that is proposed")
+    reflection_tokens: int = setting(256, "limit of what the reflector writes")
+    reflector: str = setting("self", "self: the current weights reflect; base: the frozen starting weights", "paper: a frozen model")
+    # evaluation and files
+    eval_every: int = setting(None, "slow steps between evaluations; 0: only the last", "ours: the cycle's length")
+    eval_problems: int = setting(None, "problems in an evaluation", "ours by device")
+    eval_samples: int = setting(4, "sampled answers per problem beside the greedy one", "paper: mean@4")
+    save_every: int = setting(None, "slow steps between saved states", "ours: the cycle's length")
+    out: str = setting("", "the run's folder; empty: runs/TASK-METHOD-SEED")
+
+
+def resolve(config):
+    """Fills in what depends on the device and the task, and refuses what makes no sense."""
+    c = dataclasses.replace(config)
+    names = c.task.split(",")
+    for name in names:
+        if name.partition(":")[0] not in TASKS:
+            raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
+    for field, known in (("method", METHODS), ("loss", LOSSES), ("reflector", ("self", "base")), ("dtype", ("auto", "float32", "bfloat16"))):
+        if getattr(c, field) not in known:
+            raise ValueError(f"unknown --{field} {getattr(c, field)!r}: known are {', '.join(known)}")
+    if c.device == "auto":
+        c.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cpu = c.device == "cpu"
+    if not cpu and (not c.device.startswith("cuda") or not torch.cuda.is_available()):
+        raise ValueError(f"no device {c.device!r} here: PyTorch finds {'CUDA' if torch.cuda.is_available() else 'only the CPU'}")
+    plain = all(name == "arithmetic" for name in names)
+    for field, value in dict(
+            steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
+            max_new_tokens=48 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
+            micro_batch=2048 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
+            eval_problems=64 if cpu else 256).items():
+        if getattr(c, field) is None:
+            setattr(c, field, value)
+    c.model, c.why_model = choose_model(c) if c.model == "auto" else (c.model, "as asked")
+    c.out = c.out or f"runs/{c.task.replace(':', '-').replace('/', '-').replace(',', '+')}-{c.method}-{c.seed}"
+    for field in ("steps", "cycle", "batch", "group", "prompts", "max_new_tokens", "slots", "cap", "lr", "micro_batch", "level",
+                  "prompt_tokens", "reflection_tokens", "eval_problems", "save_every"):
+        if not getattr(c, field) > 0:
+            raise ValueError(f"--{field.replace('_', '-')} must be above 0, not {getattr(c, field)}")
+    for field in ("temperature", "seed", "warmup", "kl", "passes", "eval_every", "eval_samples"):
+        if not getattr(c, field) >= 0:
+            raise ValueError(f"--{field.replace('_', '-')} must not be negative, and is {getattr(c, field)}")
+    if c.temperature == 0:
+        raise ValueError("--temperature 0 gives every rollout of a group the same text, from which nothing can be learnt")
+    if c.method != "rl" and c.group % c.prompts:
+        raise ValueError(f"each of the {c.prompts} prompts gets an equal share of a group: --group {c.group} must be a multiple of it")
+    if c.method != "rl" and c.passes < 1:
+        raise ValueError(f"--passes {c.passes} does not even measure one prompt on the cycle's problems: it must be at least 1")
+    return c
+
+
+def choose_model(c):
+    """--model auto: the smallest model that the task makes sense with and that this machine can get; and why."""
+    if c.task == "gsm8k" and c.device != "cpu":
+        from huggingface_hub import model_info, try_to_load_from_cache
+        name = "Qwen/Qwen2.5-0.5B-Instruct"
+        if isinstance(try_to_load_from_cache(name, "model.safetensors"), str):
+            return name, "gsm8k on CUDA, and it is in the Hub's cache"
+        try:
+            model_info(name, timeout=5)
+            return name, "gsm8k on CUDA with the Hub in reach"
+        except Exception as error:      # whatever keeps the Hub out of reach, the smaller model needs none of it
+            return "smollm2-135m", f"the Hub is out of reach ({type(error).__name__}): the package index has this one"
+    return "smollm2-135m", "needs only the package index, and a CPU can train it"
+
+
+def faster_dtype():
+    """bfloat16 or float32, whichever multiplies matrices of a small transformer faster here; seconds of each."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
+        seconds[dtype] = min(timed(lambda: a @ b) for _ in range(5))
+    return min(seconds, key=seconds.get), seconds
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The loss of the slow weights
+
+
+def advantages(rewards):
+    """rewards [problems, group] -> (r - mean) / (std + eps) within each group (GRPO, arXiv 2402.03300), std of the population;
+    exactly 0 in a group whose rewards are all equal."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    scaled = centred / (rewards.std(1, correction=0, keepdim=True) + 1e-6)
+    flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    return scaled.masked_fill(flat, 0.0)                                                      # [problems, group]
+
+
+def token_loss(kind, logprobs, behaviour_logprobs, advantages, cap=4.0):
+    """Loss of each token, all arguments of one shape; behaviour_logprobs are the sampler's, of the same tokens."""
+    ratio = (logprobs - behaviour_logprobs).exp()                                             # rho = pi_theta / mu
+    if kind == "cispo":      # -sg(min(rho, cap)) A log pi: the gradient of log pi, weighted (arXiv 2506.13585, 2605.12484)
+        return -ratio.detach().clamp(max=cap) * advantages * logprobs
+    if kind in ("grpo", "dr_grpo"):     # -min(rho A, clip(rho, 1 - 0.2, 1 + 0.2) A) (arXiv 2402.03300; 2503.20783 changes A and the norm)
+        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    if kind == "dapo":       # the same with more room above: 1 + 0.28 (arXiv 2503.14476)
+        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    raise ValueError(f"unknown loss {kind!r}: known are {', '.join(LOSSES)}")
+
+
+def token_weights(kind, lengths, limit):
+    """What each token's loss counts for. lengths: per group that carries signal, its rows' lengths in tokens -> per group, one
+    weight per row. They are sums over the whole batch, taken before any micro-batch: the split does not change the loss."""
+    rows = sum(map(len, lengths))
+    if kind == "grpo":       # mean over a row's tokens, then over rows
+        return [[1 / (rows * n) for n in group] for group in lengths]
+    if kind == "dapo":       # mean over all tokens
+        return [[1 / sum(map(sum, lengths))] * len(group) for group in lengths]
+    if kind == "dr_grpo":    # sum over tokens by a constant: length does not count
+        return [[1 / (rows * limit)] * len(group) for group in lengths]
+    return [[1 / (len(lengths) * sum(group))] * len(group) for group in lengths]    # mean over a group's tokens, then over groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The slow weights' optimizer
+
+
+class Learner:
+    """AdamW on fp32 master weights. The model's own weights, in the dtype it computes in, are a rounded copy that every update
+    refreshes in place: at a learning rate of 1e-6 an update is smaller than bf16 can add to most weights."""
+
+    def __init__(self, model, lr, warmup):
+        self.model, self.lr, self.warmup, self.updates = model, lr, warmup, 0
+        self.weights = dict(model.named_parameters())
+        self.masters = {name: p.detach().float().clone() for name, p in self.weights.items()}
+        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        for name, p in self.weights.items():
+            p.register_post_accumulate_grad_hook(lambda p, master=self.masters[name]: self.collect(p, master))
+
+    def collect(self, p, master):
+        """Gradients of micro-batches add up in fp32."""
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    def gradient_norm(self):
+        return torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None]).item()
+
+    def discard(self):
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def update(self):
+        self.updates += 1
+        self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, self.updates / max(self.warmup, 1))
+        self.optimizer.step()
+        self.discard()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self):
+        for name, p in self.weights.items():
+            p.copy_(self.masters[name])
+
+    def tensors(self):
+        """Everything that an update depends on, for the saved state."""
+        out = {f"master.{name}": m for name, m in self.masters.items()}
+        for name, m in self.masters.items():
+            for key, value in self.optimizer.state[m].items():
+                out[f"{key}.{name}"] = value
+        return out
+
+    def restore(self, read, names, updates):
+        """read(name) -> tensor, for the names that `tensors` gave."""
+        self.updates = updates
+        for name, m in self.masters.items():
+            m.copy_(read(f"master.{name}"))
+            if f"step.{name}" in names:
+                self.optimizer.state[m] = {key: read(f"{key}.{name}").to("cpu" if key == "step" and m.device.type == "cpu" else m.device)
+                                           for key in ("step", "exp_avg", "exp_avg_sq")}
+        self.refresh()
+
+
+def micro_batches(rows, limit):
+    """Indices of rows (prompt, tokens), sorted so that common prefixes stand together, in batches of about `limit` tokens."""
+    order = sorted(range(len(rows)), key=lambda i: (tuple(rows[i][0]), len(rows[i][1])))
+    batches, size, previous = [], limit, ()
+    for i in order:
+        prompt, tokens = rows[i]
+        fresh = len(prompt) - len(os.path.commonprefix([previous, prompt])) + len(tokens)
+        if size + fresh > limit and (not batches or batches[-1]):
+            batches.append([])
+            size, fresh = 0, len(prompt) + len(tokens)
+        batches[-1].append(i)
+        size, previous = size + fresh, prompt
+    return batches
+
+
+@torch.no_grad()
+def score_all(model, rows, temperature, limit):
+    """score() in micro-batches, without gradient: a list of log-probs [tokens] per row."""
+    out = [None] * len(rows)
+    for batch in micro_batches(rows, limit):
+        logprobs, _ = score(model, [rows[i] for i in batch], temperature)
+        for i, part in zip(batch, logprobs.split([len(rows[i][1]) for i in batch])):
+            out[i] = part
+    return out
+
+
+def kl_k3(logprobs, other):
+    """KL(pi || other) from samples of pi, per token: exp(d) - 1 - d, d = log other - log pi. Never negative, 0 only where they
+    agree (Schulman, joschu.net/blog/kl-approx.html). For measuring only: its gradient is not that of the KL."""
+    d = other - logprobs
+    return d.exp() - 1 - d
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. A run: its schedule, its two kinds of phase, its folder
+
+
+def schedule(config):
+    """The run as a list of (phase, task's index, number): ("fast", i, cycle) or ("slow", i, step), all methods alike.
+
+    Every method draws the same problems in the same order, and those with both channels spend the same budget on each."""
+    phases = []
+    for i in range(len(config.task.split(","))):
+        slow = [("slow", i, step) for step in range(config.steps)]
+        fast = [("fast", i, cycle) for cycle in range(math.ceil(config.steps / config.cycle))]
+        phases += {"rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.get(config.method) or [
+            phase for _, _, cycle in fast for phase in [fast[cycle]] + slow[cycle * config.cycle:(cycle + 1) * config.cycle]]
+    return phases
+
+
+class Run:
+    """All that a run holds between two phases. `save` and `restore` take it to its folder and back, to the bit."""
+    JOURNALS = ("metrics.jsonl", "prompts.jsonl", "rollouts.jsonl")
+
+    def __init__(self, config):
+        c = self.config = config
+        self.folder = Path(c.out)
+        self.tasks = [get_task(name, c.level, c.data or None, read_seed_prompt(c.seed_prompt)) for name in c.task.split(",")]
+        self.phases = schedule(c)
+        self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
+        self.base = copy.deepcopy(self.model).requires_grad_(False)
+        self.learner = None if c.method == "gepa" else Learner(self.model, c.lr, c.warmup)
+        self.sampler = Sampler(self.model, self.tokenizer, c.slots)
+        self.done = 0                                     # phases behind us
+        self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
+        self.refused = 0                                  # updates in a row that were not finite
+        self.population = reflect.Population([Context(self.tasks[0].seed_prompt)])
+        self.stop = False
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    def batch(self, task, step):
+        """The problems of a task's slow step, a function of (seed, step): epochs of the training problems, each shuffled."""
+        problems, size = self.tasks[task].problems("train"), self.config.batch
+        if size > len(problems):
+            raise ValueError(f"--batch {size} is more than the {len(problems)} training problems of {self.tasks[task].name}")
+        per_epoch = len(problems) // size
+        epoch, index = divmod(step, per_epoch)
+        order = random.Random(f"{self.config.seed} {task} {epoch}").sample(range(len(problems)), len(problems))
+        return [problems[i] for i in order[index * size:(index + 1) * size]]
+
+    def contexts(self, task):
+        """Whom the slow phase asks with: the K prompts, or the seed prompt while there are none."""
+        return self.population.contexts[:self.config.prompts]
+
+    def slow(self, task, step):
+        """One batch, one update: rollouts under every prompt, advantages over the group, CISPO, AdamW."""
+        c, start = self.config, time.perf_counter()
+        contexts, problems = self.contexts(task), self.batch(task, step)
+        teachers = contexts
+        if c.method == "distill":                         # the student is asked with the seed prompt alone
+            contexts = [Context(self.tasks[task].seed_prompt)]
+        jobs = [(contexts[g * len(contexts) // c.group], problem) for problem in problems for g in range(c.group)]
+        rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, 1, step), "sample")
+        sampled = time.perf_counter()
+        rewards = torch.tensor([r.reward for r in rollouts]).view(len(problems), c.group)
+        if c.method == "distill":
+            row = self.distill(rollouts, [teachers[i % c.group * len(teachers) // c.group] for i in range(len(rollouts))])
+        else:
+            row = self.reinforce(rollouts, rewards)
+        tokens = sum(len(r.tokens) for r in rollouts)
+        self.spent["slow_rollouts"] += len(rollouts)
+        self.spent["slow_tokens"] += tokens
+        self.journal("rollouts.jsonl", *[{"task": self.tasks[task].name, "step": step, "problem": r.problem.id, "text": r.text, "reward": r.reward,
+                                          "feedback": r.feedback, "stopped": r.stopped} for r in rollouts[::c.group]])
+        return {"kind": "step", "task": self.tasks[task].name, "step": self.steps_done() + 1, "reward": rewards.mean().item(),
+                "flat": (rewards == rewards[:, :1]).all(1).float().mean().item(),
+                "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts), **row, **self.spent,
+                "sample_seconds": sampled - start, "train_seconds": time.perf_counter() - sampled,
+                "tokens_per_second": tokens / (sampled - start)}
+
+    def reinforce(self, rollouts, rewards):
+        c = self.config
+        scaled = advantages(rewards) if c.loss != "dr_grpo" else rewards - rewards.mean(1, keepdim=True)
+        live = [i for i, a in enumerate(scaled.flatten().tolist()) if scaled[i // c.group].any()]     # flat groups are dropped
+        lengths = [[len(rollouts[g * c.group + i].tokens) for i in range(c.group)] for g in range(len(rewards)) if scaled[g].any()]
+        weights = [w for group in token_weights(c.loss, lengths, c.max_new_tokens) for w in group]
+        rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in live]
+        reference = score_all(self.base, rows, c.temperature, c.micro_batch) if c.kl else None
+
+        def loss(logprobs, k):                            # of row k, summed over its tokens
+            r = rollouts[live[k]]
+            behaviour = torch.tensor(r.logprobs, device=logprobs.device)
+            out = token_loss(c.loss, logprobs, behaviour, scaled.flatten()[live[k]].item(), c.cap)
+            if c.kl:
+                # The gradient of KL(pi || base) is E[(log pi - log base) grad log pi], that of half the squared difference; k3's
+                # would be biased (arXiv 2506.09477).
+                out = out + c.kl * (logprobs - reference[k]) ** 2 / 2
+            return weights[k] * out.sum()
+
+        return self.descend(rows, loss, [rollouts[i].logprobs for i in live], reference)
+
+    def distill(self, rollouts, teachers):
+        """Reverse KL from the prompted policy into the unprompted one, on the student's own rollouts: the teacher is the same
+        weights under an evolved prompt, held still for this step."""
+        c = self.config
+        rows = [(r.prompt, r.tokens) for r in rollouts]
+        prompted = [(tuple(self.tokenizer.chat(t.without(r.problem.id).messages(r.problem.question))), r.tokens) for t, r in zip(teachers, rollouts)]
+        reference = score_all(self.model, prompted, c.temperature, c.micro_batch)
+        total = sum(len(r.tokens) for r in rollouts)
+        return self.descend(rows, lambda logprobs, k: ((logprobs - reference[k]) ** 2).sum() / 2 / total,
+                            [r.logprobs for r in rollouts], reference)
+
+    def descend(self, rows, loss, behaviour, reference):
+        """Sums the gradient of `loss` over all rows, micro-batch by micro-batch, and takes one step. No rows: nothing moves."""
+        c, sums = self.config, dict.fromkeys(("loss", "entropy", "kl_sampler", "kl_reference", "capped", "tokens"), 0.0)
+        for batch in micro_batches(rows, c.micro_batch):
+            logprobs, entropies = score(self.model, [rows[i] for i in batch], c.temperature)
+            parts = logprobs.split([len(rows[i][1]) for i in batch])
+            total = sum(loss(part, i) for part, i in zip(parts, batch))
+            total.backward()
+            logprobs = logprobs.detach()
+            mu = torch.tensor([x for i in batch for x in behaviour[i]], device=logprobs.device)
+            sums["loss"] += total.item()
+            sums["entropy"] += entropies.sum().item()
+            sums["kl_sampler"] += kl_k3(mu, logprobs).sum().item()            # samples of mu: KL(mu || pi)
+            sums["capped"] += ((logprobs - mu).exp() > c.cap).sum().item()
+            if reference:
+                sums["kl_reference"] += kl_k3(logprobs, torch.cat([reference[i] for i in batch])).sum().item()
+            sums["tokens"] += len(logprobs)
+        tokens = sums.pop("tokens")
+        row = {key: value if key == "loss" else value / tokens for key, value in sums.items()} if rows else {}
+        if not rows:
+            return {"trained_rows": 0, "updates": self.learner.updates}
+        norm = self.learner.gradient_norm()
+        if math.isfinite(norm):
+            self.learner.update()
+            self.refused = 0
+        else:                                             # no update is better than a ruined one
+            self.learner.discard()
+            self.refused += 1
+            say(f"the gradient is not finite (norm {norm}): this update is refused")
+            if self.refused == 5:
+                raise FloatingPointError("five updates in a row were not finite; the last good state is on disk: try a lower --lr")
+        return {"trained_rows": len(rows), "gradient_norm": norm, "updates": self.learner.updates, **row}
+
+    def fast(self, task, cycle):
+        """Evolves the population on the problems of the cycle's T batches, the weights held still."""
+        raise NotImplementedError
+
+    # -- measuring -------------------------------------------------------------------------------------------------
+
+    def steps_done(self):
+        """Slow steps behind us; where there are none (gepa), the steps whose problems the fast phases have seen."""
+        c = self.config
+        phases = [kind for kind, _, _ in self.phases[:self.done]]
+        return len(phases) * c.cycle if c.method == "gepa" else phases.count("slow")
+
+    def evaluate(self, task, split, count, models=None):
+        """Accuracy with the best prompt and with the seed prompt, greedy and sampled at temperature 1, on the same problems for
+        every method and seed; and the drift from the base weights, on the same prompts and answers."""
+        c, start = self.config, time.perf_counter()
+        problems = self.tasks[task].problems(split)
+        problems = random.Random(f"{split} evaluation").sample(problems, min(count, len(problems)))
+        contexts = {"": self.contexts(task)[0], "seed_": Context(self.tasks[task].seed_prompt)}
+        row = {"kind": "eval", "task": self.tasks[task].name, "split": split, "n": len(problems), "samples": c.eval_samples,
+               "max_new_tokens": c.max_new_tokens, "step": self.steps_done(), **self.spent,
+               "rollouts": self.spent["slow_rollouts"] + self.spent["fast_rollouts"]}
+        distinct = list(dict.fromkeys(contexts.values()))
+        for prefix, model in (models or {"": self.model}).items():
+            sampler = Sampler(model, self.tokenizer, c.slots)
+            jobs = [(context, problem) for context in distinct for problem in problems]
+            greedy = ask(sampler, self.tasks[task], jobs, c.max_new_tokens, 0.0, 0, "evaluate, greedy")
+            jobs = [job for job in jobs for _ in range(c.eval_samples)]
+            drawn = ask(sampler, self.tasks[task], jobs, c.max_new_tokens, 1.0, (c.seed, task, 2), "evaluate, sampled")
+            size = len(problems)
+            for name, context in contexts.items():
+                at = distinct.index(context)
+                right = [r.reward for r in greedy[at * size:(at + 1) * size]]
+                means = np.array([r.reward for r in drawn[at * size * c.eval_samples:(at + 1) * size * c.eval_samples]]).reshape(size, -1).mean(1)
+                row[f"{prefix}{name}greedy"], row[f"{prefix}{name}greedy_interval"] = float(np.mean(right)), wilson(sum(right), size)
+                if c.eval_samples:
+                    spread = 1.96 * means.std() / math.sqrt(size)
+                    row[f"{prefix}{name}mean"] = float(means.mean())
+                    row[f"{prefix}{name}mean_interval"] = [float(max(0, means.mean() - spread)), float(min(1, means.mean() + spread))]
+            if model is self.model and c.eval_samples:
+                rows = [(r.prompt, r.tokens) for r in drawn[::c.eval_samples]]
+                ours, base = (torch.cat(score_all(m, rows, 1.0, c.micro_batch)) for m in (self.model, self.base))
+                row["kl_base"] = kl_k3(ours, base).mean().item()
+        row["seconds"] = time.perf_counter() - start
+        self.journal("metrics.jsonl", row)
+        say(f"eval  step {row['step']:4d}  {row['task']} {split}, {size} problems: best prompt {row['greedy']:.1%} greedy, {row.get('mean', math.nan):.1%} sampled; "
+            f"seed prompt {row['seed_greedy']:.1%}, {row.get('seed_mean', math.nan):.1%}; KL to base {row.get('kl_base', math.nan):.4f}  ({row['seconds']:.0f} s)")
+        return row
+
+    # -- the folder ------------------------------------------------------------------------------------------------
+
+    def journal(self, name, *rows):
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def save(self):
+        """The checkpoint for others, then the state for ourselves: one file, renamed into place when it is whole. The journals'
+        lengths are part of it, so that what was written after it can be cut off."""
+        save(self.folder / "checkpoint", self.model, self.tokenizer)
+        write_text(self.folder / "checkpoint" / "prompts.json", json.dumps(self.population.to_json(), indent=1))
+        for name in self.JOURNALS:
+            with open(self.folder / name, "a") as file:
+                os.fsync(file.fileno())
+        state = {"done": self.done, "spent": self.spent, "refused": self.refused, "population": self.population.to_json(),
+                 "updates": self.learner.updates if self.learner else 0,
+                 "journals": {name: (self.folder / name).stat().st_size for name in self.JOURNALS}}
+        (self.folder / "state").mkdir(exist_ok=True)
+        path = self.folder / "state" / "state.safetensors"
+        tensors = self.learner.tensors() if self.learner else {"none": torch.zeros(1)}
+        save_file(tensors, path.with_suffix(".tmp"), metadata={"run": json.dumps(state)})
+        replace(path.with_suffix(".tmp"), path)
+
+    def restore(self):
+        path = self.folder / "state" / "state.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                state = json.loads(file.metadata()["run"])
+                if self.learner:
+                    self.learner.restore(file.get_tensor, set(file.keys()), state["updates"])
+        except Exception as error:      # safetensors and json raise their own kinds for a damaged file
+            raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
+        self.done, self.spent, self.refused = state["done"], state["spent"], state["refused"]
+        self.population = reflect.Population.from_json(state["population"])
+        for name, size in state["journals"].items():
+            if (self.folder / name).stat().st_size < size:
+                raise ValueError(f"{self.folder / name} is shorter than the saved state says: it was damaged; start anew with --overwrite")
+            os.truncate(self.folder / name, size)
+
+    def go(self):
+        """Phase after phase until the schedule's end, or until asked to stop: True if it got there."""
+        c = self.config
+        signal.signal(signal.SIGINT, self.interrupt)
+        if (self.folder / "state" / "state.safetensors").exists():
+            self.restore()
+            say(f"going on after {self.done} of {len(self.phases)} phases")
+        else:
+            for name in self.JOURNALS:                    # of a run that was stopped before its first save
+                (self.folder / name).write_text("")
+            self.evaluate(0, "val", c.eval_problems)
+            self.save()
+        with tqdm(total=len(self.phases), initial=self.done, desc="run", unit="phase", smoothing=0.1) as bar:
+            while self.done < len(self.phases) and not self.stop:
+                kind, task, number = self.phases[self.done]
+                row = (self.slow if kind == "slow" else self.fast)(task, number)
+                self.done += 1
+                bar.update()
+                self.journal("metrics.jsonl", row)
+                say(describe(row))
+                self.after(kind, task)
+        if self.stop:
+            self.save()
+            return False
+        if not (self.folder / "done").exists():
+            self.finish()
+        return True
+
+    def after(self, kind, task):
+        """Evaluation and saving, where they are due; a task's last phase is always evaluated."""
+        c, steps = self.config, self.steps_done()
+        ends = self.done == len(self.phases) or self.phases[self.done][1] != task
+        lone_fast = kind == "fast" and c.method in ("gepa", "rl+gepa", "gepa+rl")
+        if ends or lone_fast or kind == "slow" and c.eval_every and steps % c.eval_every == 0:
+            self.evaluate(task, "val", c.eval_problems)
+        if ends or lone_fast or steps % c.save_every == 0:
+            self.save()
+
+    def finish(self):
+        """The test problems, read once: {base, trained weights} x {seed, evolved prompt}; and the curves."""
+        for task in range(len(self.tasks)):
+            row = self.evaluate(task, "test", 2 * self.config.eval_problems, {"base_": self.base, "": self.model})
+            say(table(row))
+        self.save()
+        plot([self.folder], self.folder / "curves.png")
+        (self.folder / "done").touch()
+
+    def interrupt(self, *_):
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+        say("stopping after this phase, and saving; Ctrl-C again stops at once, with what was last saved")
+
+
+def say(text):
+    """To the terminal, above the progress bars, without control characters that a model may have written."""
+    tqdm.write("".join(ch for ch in text if ch.isprintable() or ch == "\n"))
+
+
+def wilson(successes, n):
+    """95% interval of a proportion (Wilson, JASA 22, 1927)."""
+    z, p = 1.96, successes / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+
+
+def write_text(path, text):
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    replace(path.with_suffix(".tmp"), path)
+
+
+def replace(source, target):
+    """Renames a whole file into place, after its bytes have reached the disk."""
+    with open(source, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(source, target)
+
+
+def table(row):
+    cell = lambda key: f"{row[key + 'greedy']:6.1%} / {row[key + 'mean']:6.1%}" if key + "mean" in row else f"{row[key + 'greedy']:6.1%}"
+    return (f"{row['task']}, {row['n']} {row['split']} problems: accuracy greedy / sampled at temperature 1\n"
+            f"                     seed prompt        evolved prompt\n"
+            f"  base weights       {cell('base_seed_')}    {cell('base_')}\n"
+            f"  trained weights    {cell('seed_')}    {cell('')}")
+
+
+def describe(row):
+    if row["kind"] == "step":
+        return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  length {row['length']:.0f}  "
+                f"entropy {row.get('entropy', math.nan):.2f}  KL base {row.get('kl_reference', math.nan):.4f}  |grad| {row.get('gradient_norm', math.nan):.2f}  "
+                f"{row['tokens_per_second']:.0f} tok/s  {row['sample_seconds']:.0f}+{row['train_seconds']:.0f} s")
+    return (f"fast {row['cycle']:5d}  {row['candidates']} candidates, {row['accepted']} accepted, {row['rollouts_used']} rollouts; "
+            f"best prompt {row['best']:.1%} of the anchors, kept {row['kept']}  {row['seconds']:.0f} s")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Curves
+
+
+def read_rows(folder):
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def plot(folders, path):
+    """Accuracy against slow steps and against all rollouts, against drift, and the reward of the rollouts: one colour per run."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for i, folder in enumerate(folders):
+        rows, colour, name = read_rows(folder), f"C{i % 10}", Path(folder).name
+        evals = [row for row in rows if row["kind"] == "eval" and row["split"] == "val"]
+        steps = [row for row in rows if row["kind"] == "step"]
+        for axis, key in zip(axes.flat, ("step", "rollouts", "kl_base")):
+            points = [row for row in evals if key in row and "mean" in row]
+            axis.plot([row[key] for row in points], [row["mean"] for row in points], "o-", color=colour, label=name)
+            axis.plot([row[key] for row in points], [row["seed_mean"] for row in points], "o:", color=colour, alpha=0.5,
+                      label=f"{name}, seed prompt")
+        axes[1, 1].plot([row["step"] for row in steps], [row["reward"] for row in steps], color=colour, label=name)
+    for axis, x, y in zip(axes.flat, ("slow steps", "rollouts of both channels", "KL to the base model, nats a token", "slow steps"),
+                          ("validation accuracy, sampled",) * 3 + ("reward of the training rollouts",)):
+        axis.set(xlabel=x, ylabel=y, ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path.with_suffix(".tmp"), dpi=110, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+    replace(path.with_suffix(".tmp"), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The command line
+
+
+def read_seed_prompt(value):
+    if not value:
+        return None
+    return Path(value).read_text(encoding="utf-8").strip() if Path(value).is_file() else value
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
+        kind = {str: str, int: int, float: float}[field.type]
+        default = "by device and task" if field.default is None else field.default
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=f"{field.metadata['help']} [{default}]".replace("%", "%%"))
+    parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds and start anew")
+    parser.add_argument("--check", action="store_true", help="say what would run, and what it takes, and stop")
+    parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test problems")
+    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs' curves side by side into curves.png of the first")
+    parser.add_argument("--show-prompts", metavar="RUN", help="the family tree of a run's prompts")
+    options = vars(parser.parse_args(argv))
+    actions = {key: options.pop(key) for key in ("overwrite", "check", "eval", "plot", "show_prompts")}
+    return Config(**options), actions
+
+
+def stored_config(folder):
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no readable run: {error}") from error
+
+
+def open_run(config, overwrite):
+    """The resolved configuration of a new run, or of the one that the same command began."""
+    import fcntl
+    folder = Path(resolve(config).out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)      # let go by the system when the process ends, however it ends
+    except OSError as error:
+        raise ValueError(f"another process is at work in {folder}") from error
+    asked = dataclasses.asdict(config)
+    if (folder / "config.json").exists() and not overwrite:
+        stored = stored_config(folder)
+        if stored["asked"] != asked:
+            other = ", ".join(f"{key} {stored['asked'].get(key)!r}, now {value!r}" for key, value in asked.items() if stored["asked"].get(key) != value)
+            raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or --overwrite to start anew")
+        return Config(**stored["resolved"]), lock
+    strangers = {p.name for p in folder.iterdir()} - {"lock", "config.json", "done", "checkpoint", "state", "curves.png", *Run.JOURNALS}
+    if strangers:
+        raise ValueError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
+    for name in ("done", "state/state.safetensors", "curves.png", *Run.JOURNALS):
+        (folder / name).unlink(missing_ok=True)
+    resolved = resolve(config)
+    if resolved.dtype == "auto":
+        resolved.dtype = str(faster_dtype()[0]).removeprefix("torch.") if resolved.device == "cpu" else "bfloat16"
+    write_text(folder / "config.json", json.dumps({"asked": asked, "resolved": dataclasses.asdict(resolved)}, indent=1))
+    return resolved, lock
+
+
+def check(config):
+    """What a run would be: every setting with where its default comes from, and the rollouts, memory and time it may take."""
+    c = resolve(config)
+    dtype, seconds = faster_dtype()
+    for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
+        value, source = getattr(c, field.name), field.metadata["source"]
+        print(f"{field.name:18} {value!s:28} {'as asked' if getattr(config, field.name) != field.default else source}")
+    print(f"model              {c.why_model}")
+    model, _ = load(c.model)
+    weights, m = sum(p.numel() for p in model.parameters()), model.config
+    phases = [kind for kind, _, _ in schedule(c)]
+    slow = phases.count("slow") * c.batch * c.group
+    fast = phases.count("fast") * int(c.passes * c.batch * c.cycle)
+    width = 4 if (dtype if c.dtype == "auto" else c.dtype) in (torch.float32, "float32") else 2
+    # of a token in the backward pass: about 12 vectors of the hidden size and 4 of the MLP's, per layer, and fp32 logits by chunks
+    activations = c.micro_batch * m.num_layers * (12 * m.hidden_size + 4 * m.intermediate_size) * width + 4 * 512 * m.vocab_size * 4
+    cache = c.slots * (c.max_new_tokens + 256) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * width
+    optimizer = 0 if c.method == "gepa" else 16 * weights                 # fp32 master, gradient and two moments
+    print(f"\n{slow} slow rollouts + at most {fast} fast ones, at most {c.max_new_tokens} tokens each, and the evaluations'")
+    print(f"memory about {(2 * width * weights + optimizer + max(activations, cache)) / 1e9:.1f} GB: weights twice {2 * width * weights / 1e9:.2f}, optimizer {optimizer / 1e9:.2f}, "
+          f"activations {activations / 1e9:.2f} or cache {cache / 1e9:.2f}")
+    if c.device == "cpu":
+        rate = 2 * 1024 * 512 * 1024 / min(seconds.values())
+        flops = 2 * weights * c.max_new_tokens * (5 * slow + 1.5 * fast)  # sampled at about half the rate, trained at three forward passes
+        print(f"{dtype} is the faster here, {rate / 1e9:.0f} GFLOP/s: at most {flops / rate / 60:.0f} minutes, less as answers end sooner")
+    else:
+        print("time: not estimated for CUDA")
+
+
+def evaluate_folder(folder):
+    """The 2x2 of a finished or unfinished run from what its folder holds, nothing in it changed."""
+    c = Config(**stored_config(folder)["resolved"])
+    path = Path(folder) / "checkpoint" / "prompts.json"
+    try:
+        population = reflect.Population.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    run = Run(dataclasses.replace(c, method="gepa"))                      # no optimizer is needed
+    run.model, run.population, run.journal = load(str(Path(folder) / "checkpoint"), c.device, getattr(torch, c.dtype))[0], population, lambda *_: None
+    for task in range(len(run.tasks)):
+        say(table(run.evaluate(task, "test", 2 * c.eval_problems, {"base_": run.base, "": run.model})))
+
+
+def main(argv=None):
+    """Exit status: 0 done, 2 bad input, 130 interrupted after saving."""
+    try:
+        config, actions = parse(argv)
+        if actions["plot"]:
+            plot(actions["plot"], Path(actions["plot"][0]) / "curves.png")
+            print(f"drawn: {Path(actions['plot'][0]) / 'curves.png'}")
+        elif actions["eval"]:
+            evaluate_folder(actions["eval"])
+        elif actions["show_prompts"]:
+            path = Path(actions["show_prompts"]) / "prompts.jsonl"
+            print(reflect.show([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]))
+        elif actions["check"]:
+            check(config)
+        else:
+            resolved, lock = open_run(config, actions["overwrite"])
+            with lock:
+                run = Run(resolved)
+                say(f"{resolved.method} of {resolved.model} ({resolved.why_model}) on {resolved.task}, {resolved.device} {resolved.dtype}: {resolved.out}")
+                return 0 if run.go() else 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"fst.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
