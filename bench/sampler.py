@@ -1,0 +1,142 @@
+"""
+Useful tokens a second of our sampler and of what one would use instead: transformers `generate`, and vLLM where it is
+installed. Same weights, same prompts, temperature 1 without truncation, log-probs of the sampled tokens kept. Tokens after a
+row's end do not count. Prints a table and appends one row per measurement to results/bench_sampler.jsonl.
+
+    FST_DATA=... python bench/sampler.py                  the four jobs
+    FST_DATA=... python bench/sampler.py --growth         how our cost grows with rows, prompt and new tokens
+"""
+import argparse
+import datetime
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from model import load, save                                              # noqa: E402
+from rollout import Context, Sampler, get_task                            # noqa: E402
+
+JOBS = {"8 problems x 8 samples x 128 tokens": (8, 8, 128, 0), "64 x 8 x 128": (64, 8, 128, 0), "1 x 1 x 128": (1, 1, 128, 0),
+        "1,500-token prompt, 1 x 64 x 64": (1, 64, 64, 1500)}
+
+
+def machine():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def record(file, **row):
+    row |= {"machine": machine(), "torch": torch.__version__, "date": str(datetime.date.today()), "command": " ".join(["python", *sys.argv])}
+    with open(ROOT / "results" / file, "a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+def prompts_of(tokenizer, task, problems, samples, long):
+    """`problems` chat prompts, each `samples` times; long: fill the system text up to about that many tokens."""
+    questions = [p.question for p in task.problems("train")]
+    system = task.seed_prompt
+    while long and len(tokenizer.chat(Context(system).messages(questions[0]))) < long:
+        system += "\nA question of an earlier day was: " + questions[-1 - len(system) % 1000]
+    return [tokenizer.chat(Context(system).messages(q)) for q in questions[:problems] for _ in range(samples)]
+
+
+def ours(model, tokenizer, prompts, limit, seed, slots):
+    return sum(len(c.tokens) for c in Sampler(model, tokenizer, slots).generate(prompts, limit, 1.0, seed))
+
+
+def with_transformers(theirs, tokenizer, prompts, limit, seed):
+    torch.manual_seed(seed)
+    width, device = max(map(len, prompts)), theirs.device
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    out = theirs.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=limit,
+                          eos_token_id=list(tokenizer.stop_ids), pad_token_id=0, return_dict_in_generate=True, output_logits=False, output_scores=False)
+    return useful(out.sequences[:, width:].tolist(), tokenizer.stop_ids)
+
+
+def with_vllm(engine, tokenizer, prompts, limit, seed):
+    from vllm import SamplingParams
+    parameters = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=limit, logprobs=0, seed=seed, stop_token_ids=list(tokenizer.stop_ids))
+    out = engine.generate([{"prompt_token_ids": list(p)} for p in prompts], [parameters] * len(prompts), use_tqdm=False)
+    return sum(len(o.outputs[0].token_ids) for o in out)
+
+
+def useful(rows, stop_ids):
+    return sum(next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row)) for row in rows)
+
+
+def measure(function, repeats, device):
+    """Best of `repeats` after one warm-up: tokens a second."""
+    rates = []
+    for seed in range(repeats + 1):
+        start = time.perf_counter()
+        tokens = function(seed)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rates.append((tokens / (time.perf_counter() - start), tokens))
+    return max(rates[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--job", action="append", choices=list(JOBS))
+    parser.add_argument("--peers", default="transformers,vllm", help="which peers to run beside ours, where they are installed")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(options.model, device, torch.bfloat16)
+    model.requires_grad_(False)
+    task = get_task("gsm8k")
+    if options.growth:
+        for rows in (1, 8, 32, 64, 128, 256, 512):
+            grow(model, tokenizer, task, options, rows=rows)
+        for long in (64, 256, 512, 1024, 2048):
+            grow(model, tokenizer, task, options, long=long)
+        for limit in (32, 64, 128, 256, 512):
+            grow(model, tokenizer, task, options, limit=limit)
+        return
+    import tempfile
+    folder = tempfile.mkdtemp()
+    save(folder, model, tokenizer)
+    systems = {"ours": lambda prompts, limit, seed: ours(model, tokenizer, prompts, limit, seed, options.slots)}
+    if "transformers" in options.peers:
+        import transformers
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").to(device).eval()
+        systems["transformers"] = lambda prompts, limit, seed: with_transformers(theirs, tokenizer, prompts, limit, seed)
+    if "vllm" in options.peers:
+        try:
+            from vllm import LLM
+            engine = LLM(folder, dtype="bfloat16", max_model_len=2560, enable_prefix_caching=True)
+            systems["vllm"] = lambda prompts, limit, seed: with_vllm(engine, tokenizer, prompts, limit, seed)
+        except ImportError:
+            print("vLLM is not installed: not measured")
+    for name in options.job or JOBS:
+        problems, samples, limit, long = JOBS[name]
+        prompts = prompts_of(tokenizer, task, problems, samples, long)
+        for system, function in systems.items():
+            rate, tokens = measure(lambda seed: function(prompts, limit, seed), options.repeats, device)
+            print(f"{name:36} {system:14} {rate:8.0f} tok/s  ({tokens} tokens)", flush=True)
+            record("bench_sampler.jsonl", job=name, system=system, tokens_per_second=rate, tokens=tokens, model=options.model, dtype="bfloat16")
+
+
+def grow(model, tokenizer, task, options, rows=64, long=0, limit=64):
+    """Rows that never stop, so that the work is what the numbers say."""
+    prompts = prompts_of(tokenizer, task, 1, rows, long)
+    endless = type("Endless", (), {"stop_ids": (-1,)})
+    rate, tokens = measure(lambda seed: ours(model, endless, prompts, limit, seed, max(rows, 1)), options.repeats, model.embedding.device)
+    print(f"rows {rows:4d}  prompt {len(prompts[0]):5d}  new tokens {limit:4d}: {rate:7.0f} tok/s, {tokens / rate:7.2f} s", flush=True)
+    record("bench_growth.jsonl", rows=rows, prompt=len(prompts[0]), new_tokens=limit, tokens_per_second=rate, seconds=tokens / rate, model=options.model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,551 @@
+"""
+The fast weights: a population of K prompts, evolved by reflection while the slow weights stand still.
+
+A prompt is a Context: a system text (an instruction, then lessons, one line "- ..." each) and worked examples. `evolve`
+takes the K prompts of the last cycle and the problems of the next one, the anchors, and spends a budget of rollouts:
+
+  1. measure   The carried prompts are asked again: the weights moved, and scores of other weights never count.
+  2. rounds    Parents are drawn from the Pareto frontier and answer a fresh minibatch of 3 problems. Operators propose children
+               of them. A child that beats its parent strictly on the same minibatch is accepted, and the most promising of the
+               accepted are scored on all anchors, without which a prompt cannot win.
+  3. keep      The best prompt, then those that add most to what the kept ones solve.
+
+The operators: `rewrite`, the model reads the prompt and rollouts with feedback and writes a better prompt; `lesson`, a general
+sentence of the grader's feedback; `example`, other worked examples, from solutions that the feedback gave away or that the model
+found; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn by their success so far.
+
+After GEPA (arXiv 2507.19457). What differs, because a small model rewrites badly and rewards are 0 or 1: the operators beside
+the rewrite, many children a round instead of one, worked examples picked by the likelihood of known solutions before any
+rollout is spent on them, and estimates in place of raw scores where prompts are compared.
+"""
+import difflib
+import random
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from rollout import Context, Example
+
+OPERATORS = ("rewrite", "lesson", "example", "merge")
+MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
+DRAFTS = 4                # contexts drafted for each that is asked, where their likelihood is known
+PROBES = 12               # most anchors whose solutions' likelihood ranks the drafts
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The population
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A prompt that was proposed, where it came from and how it did."""
+    id: int
+    context: Context
+    parents: tuple[int, ...] = ()
+    operator: str = "seed"
+    born: int = 0                                         # weight step
+    verdict: str = "carried"                              # carried, accepted, failed, rejected
+    reason: str = ""
+    changes: list[str] = field(default_factory=list)      # lines added to and removed from the first parent
+    scores: dict[int, dict[str, list[float]]] = field(default_factory=dict)   # weight step -> problem id -> rewards
+
+    def mean(self, step):
+        """Mean over problems of their mean reward at these weights; None where nothing was asked."""
+        cells = self.scores.get(step, {})
+        return sum(map(average, cells.values())) / len(cells) if cells else None
+
+    def scorers(self, problems):
+        """The problems that may score this prompt: not those that are among its examples."""
+        own = {e.problem_id for e in self.context.examples}
+        return [p for p in problems if p.id not in own]
+
+    def to_json(self):
+        return {"id": self.id, "parents": list(self.parents), "operator": self.operator, "born": self.born,
+                "verdict": self.verdict, "reason": self.reason, "system": self.context.system,
+                "examples": [vars(e) for e in self.context.examples], "changes": self.changes,
+                "means": {str(step): self.mean(step) for step in self.scores},
+                "scores": {str(step): cells for step, cells in self.scores.items()}}
+
+    @staticmethod
+    def from_json(row):
+        return Candidate(row["id"], Context(row["system"], tuple(Example(**e) for e in row["examples"])), tuple(row["parents"]),
+                         row["operator"], row["born"], row["verdict"], row["reason"], row["changes"],
+                         {int(step): {p: list(rewards) for p, rewards in cells.items()} for step, cells in row["scores"].items()})
+
+
+class Population:
+    """The kept prompts, best first, and what the next call of `evolve` has to know; JSON and back loses nothing."""
+
+    def __init__(self, contexts):
+        self.candidates = [Candidate(i, context) for i, context in enumerate(contexts)]
+        self.proposed = len(self.candidates)                            # ids given out so far
+        self.operators = {name: [0.0, 0.0] for name in OPERATORS}       # successes, failures
+
+    @property
+    def contexts(self):
+        return [candidate.context for candidate in self.candidates]
+
+    def to_json(self):
+        return {"candidates": [c.to_json() for c in self.candidates], "proposed": self.proposed, "operators": self.operators}
+
+    @staticmethod
+    def from_json(row):
+        population = Population([])
+        once = {c["id"]: Candidate.from_json(c) for c in row["candidates"]}     # a prompt may be there twice
+        population.candidates = [once[c["id"]] for c in row["candidates"]]
+        population.proposed, population.operators = row["proposed"], {name: list(row["operators"][name]) for name in OPERATORS}
+        return population
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection
+
+
+def average(rewards):
+    return sum(rewards) / len(rewards)
+
+
+def pareto_frontier(scores):
+    """scores [candidates][problems], None where not measured -> indices of the candidates on the frontier, ascending.
+
+    On it is who attains the best score of at least one problem (ties: all of them) and is not dominated. Candidate b dominates
+    a if it was measured wherever a was, is nowhere worse there, and somewhere better. Equal rows do not dominate each other."""
+    rows = [list(row) for row in scores]
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(f"the candidates' scores are of different lengths: {sorted({len(row) for row in rows})} problems")
+    best = [max((s for s in column if s is not None), default=None) for column in zip(*rows)]
+
+    def dominates(b, a):
+        pairs = [(x, y) for x, y in zip(b, a) if y is not None]
+        return all(x is not None and x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+
+    return [i for i, row in enumerate(rows) if any(s is not None and s == top for s, top in zip(row, best))
+            and not any(dominates(other, row) for other in rows)]
+
+
+def parent_weights(scores):
+    """scores as above -> a weight per candidate: on how many solved problems it is (co-)best, 0 off the frontier. The candidate of
+    best mean weighs at least as much as any other: with 0/1 scores a specialist's lucky problems could outnumber its own."""
+    frontier = set(pareto_frontier(scores))
+    best = [max((s for s in column if s is not None), default=0) for column in zip(*scores)]
+    weights = [sum(s == top for s, top in zip(row, best) if top > 0) if i in frontier else 0 for i, row in enumerate(scores)]
+    means = [average([s for s in row if s is not None] or [-1]) for row in scores]
+    weights[means.index(max(means))] = max([1, *weights])
+    return weights
+
+
+def cover(estimates, means, lengths, keep):
+    """Indices of up to `keep` candidates: the one of best mean, then one by one whoever raises the sum over problems of the best
+    estimate among the kept the most; ties go to the higher mean, then to the shorter prompt.
+    estimates [candidates][problems], means and lengths [candidates]."""
+    chosen, best = [], [0.0] * len(estimates[0])
+    while len(chosen) < min(keep, len(estimates)):
+        gain = lambda i: round(sum(max(e - b, 0) for e, b in zip(estimates[i], best)), 9) if chosen else means[i]
+        pick = max((i for i in range(len(estimates)) if i not in chosen), key=lambda i: (gain(i), means[i], -lengths[i], -i))
+        chosen.append(pick)
+        best = list(map(max, best, estimates[pick]))
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text: what a proposed prompt may say
+
+
+def printable(text):
+    """Without control characters other than line ends: it may reach a terminal."""
+    return "".join(c for c in text.replace("\t", " ") if c == "\n" or c.isprintable())
+
+
+def parse_rewrite(reply, stopped=True):
+    """The reflector's reply -> the text of its last closed fence outside its thoughts; ValueError says why there is none."""
+    if not stopped:
+        raise ValueError("cut off at the limit")
+    answer = reply.rpartition("</think>")[2]              # a template may open the thoughts itself: only their end is sure
+    if "<think>" in answer:
+        raise ValueError("its thoughts do not end")
+    parts = answer.split("```")
+    if len(parts) < 3:
+        raise ValueError("no closed fence")
+    if len(parts) % 2 == 0:
+        raise ValueError("its last fence is not closed")
+    text = printable(re.sub(r"^\w*\n", "", parts[-2])).strip()      # the fence's first line may name a language
+    if not text:
+        raise ValueError("empty")
+    if MARKUP.search(text):
+        raise ValueError("holds the chat template's own markup")
+    return text
+
+
+MARKUP = re.compile(r"<\|.*?\|>|</?think>")               # a prompt that held it would end its own turn
+
+
+def leaks(text, problems):
+    """What `text` gives away of these problems: set of (problem id, "question" | "solution" | "answer").
+
+    A question or a line of a solution counts when six of its words in a row stand in the text (all, where it has only three to
+    five), an answer when it stands there as a word of its own; a number that only numbers a line, "2. ", does not. Answers of a
+    single letter are passed over: every text holds them."""
+    words = lambda s: re.findall(r"\d+(?:[.,]\d+)*|\w+", s.casefold())
+    joined = f" {' '.join(words(text))} "
+    body = f" {' '.join(words(re.sub(r'(?m)^ *[0-9]+[.)] ', '', text)))} "
+    found = set()
+    for problem in problems:
+        for kind, lines in (("question", [problem.question]), ("solution", problem.solution.splitlines())):
+            for line in map(words, lines):
+                size = min(6, len(line))
+                if size >= 3 and any(f" {' '.join(line[i:i + size])} " in joined for i in range(len(line) - size + 1)):
+                    found.add((problem.id, kind))
+        answer = " ".join(words(problem.answer))
+        if (len(answer) > 1 or answer.isdigit()) and f" {answer} " in body:
+            found.add((problem.id, "answer"))
+    return found
+
+
+def general_sentences(feedback):
+    """feedback: problem id -> what the grader said of wrong answers to it, less the solution. The sentences that it said, word for
+    word, of two problems or more: those speak of the task, the others of one problem."""
+    said = Counter(sentence for texts in feedback.values() for sentence in
+                   {s.strip() for text in texts for s in re.split(r"(?<=[.!?])\s+|\n", text)})
+    return sorted(s for s, count in said.items() if count > 1 and s.endswith((".", "!")) and len(s.split()) > 3)
+
+
+def lessons_of(system):
+    """A system text -> (instruction, lessons): the lessons are the lines "- ..." at its end."""
+    lines = system.split("\n")
+    cut = len(lines)
+    while cut and lines[cut - 1].startswith("- "):
+        cut -= 1
+    return "\n".join(lines[:cut]), [line[2:] for line in lines[cut:]]
+
+
+def with_lessons(instruction, lessons):
+    return "\n".join([instruction] * bool(instruction) + [f"- {lesson}" for lesson in lessons])
+
+
+def readable(context):
+    """The context as lines, for diffs and for people."""
+    lines = context.system.split("\n")
+    for e in context.examples:
+        lines += [f"Q: {' '.join(e.question.split())}", f"A: {' | '.join(e.answer.split(chr(10)))}"]
+    return lines
+
+
+def reflection(context, rollouts):
+    """The chat that asks for a better instruction."""
+    quote = lambda text: printable(text).replace("```", "'''").strip()[:1000]
+    cases = "\n\n".join(f"Question: {quote(r.problem.question)}\nResponse: {quote(r.text)}\nFeedback: {quote(r.feedback)}" for r in rollouts)
+    return [{"role": "system", "content": "You improve the instructions that a language model is given."},
+            {"role": "user", "content": f"The current instruction:\n```\n{quote(context.system)}\n```\n\nHow the model did with it:\n\n{cases}\n\n"
+             "Write a better instruction. Edit the current one in place: keep what works, and add what the feedback teaches that "
+             "holds for every question of this kind. Do not quote any question, number or answer from above. "
+             "End with the whole new instruction between ``` and ```."}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evolution
+
+
+def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, step, seed, prompt_tokens=1024, known=()):
+    """Evolves `population` in place on `anchors`, with at most `budget` rollouts. Returns every candidate that was looked at,
+    carried ones first, and the number of rollouts spent. The population then holds exactly `keep` prompts, best first; one is
+    repeated only where there are no others.
+
+    ask([(Context, Problem)], seed) -> [Rollout]                        all in one batch
+    write([messages], seed) -> [(text, stopped)]                        the reflector
+    likelihood([(Context, Problem, text)]) -> [mean log-prob a token]   or None
+    count(Context) -> tokens;  step: optimizer steps that the weights have taken;  known: rollouts made at the same weights."""
+    search = Search(population, anchors, ask, write, likelihood, count, budget, step, seed, prompt_tokens)
+    search.measure_carried(known)
+    while search.round():
+        pass
+    search.finish(keep)
+    return search.candidates, search.spent
+
+
+class Search:
+    """One call of `evolve`."""
+
+    def __init__(self, population, anchors, ask, write, likelihood, count, budget, step, seed, prompt_tokens):
+        if not anchors:
+            raise ValueError("there are no anchor problems to evolve prompts on")
+        self.population, self.ask, self.write, self.likelihood, self.count = population, ask, write, likelihood, count
+        self.budget, self.step, self.prompt_tokens, self.spent, self.calls = budget, step, prompt_tokens, 0, 0
+        self.rng = random.Random(f"{seed} {step}")
+        self.anchors = self.rng.sample(anchors, len(anchors))           # so that any first part is a fair sample
+        self.width = max(4, min(16, len(anchors) // 8))                 # children asked a round
+        self.candidates = list(dict.fromkeys(population.candidates))
+        self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
+        self.waiting = []                                               # accepted, not yet scored
+        self.liking = {}                                                # candidate -> likelihood of the probes under it
+        self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
+        for c in self.candidates:
+            c.scores = {step: c.scores.get(step, {})}
+            c.verdict, c.reason = "carried", ""
+        for record in population.operators.values():                    # older weights' experience fades
+            record[:] = [n / 2 for n in record]
+
+    # -- rollouts and what they tell -------------------------------------------------------------------------------
+
+    def spend(self, jobs):
+        """jobs: list of (candidate, problem), as many of them as the budget allows -> their rollouts."""
+        jobs = jobs[:self.budget - self.spent]
+        self.spent, self.calls = self.spent + len(jobs), self.calls + 1
+        rollouts = self.ask([(c.context, p) for c, p in jobs], self.calls) if jobs else []
+        for (candidate, _), rollout in zip(jobs, rollouts):
+            self.record(candidate, rollout)
+        return rollouts
+
+    def record(self, candidate, rollout):
+        problem = rollout.problem
+        assert candidate.scorers([problem]), "a prompt is never scored on its own example"
+        candidate.scores[self.step].setdefault(problem.id, []).append(rollout.reward)
+        if rollout.reward == 0:
+            told = rollout.feedback
+            if problem.solution and problem.solution in told:
+                self.solutions[problem.id]["reference"] = Example(problem.question, problem.solution, problem.id)
+                told = told.replace(problem.solution, "")
+            self.feedback[problem.id].append(told)
+        elif rollout.stopped and not MARKUP.search(rollout.text):
+            self.solutions[problem.id]["own"] = Example(problem.question, printable(rollout.text).strip(), problem.id)
+
+    def measure(self, candidates, problems):
+        """Asks what is not known yet."""
+        self.spend([(c, p) for c in candidates for p in c.scorers(problems) if p.id not in c.scores[self.step]])
+
+    def missing(self, candidate):
+        return sum(p.id not in candidate.scores[self.step] for p in candidate.scorers(self.anchors))
+
+    def measure_carried(self, known):
+        """Of five passes over the anchors two go to the carried prompts, shared equally, and as much as it takes to know the best
+        of them in full; the others are completed at the end, if they are still worth it."""
+        for rollout in known:
+            for c in self.candidates:
+                if c.context == rollout.context and c.scorers([rollout.problem]):
+                    self.record(c, rollout)
+        share = self.budget if len(self.candidates) == 1 else 2 * self.budget // (5 * len(self.candidates))
+        self.measure(self.candidates, self.anchors[:max(1, share)])
+        self.measure([max(self.candidates, key=self.estimate)], self.anchors)
+        self.probes = [p for p in self.anchors if p.id in self.solutions][:min(PROBES, len(self.anchors) // 4)]
+
+    def estimate(self, candidate):
+        """A candidate's mean, drawn towards the mean of all as if by 4 more problems: 3 of 3 is no better than 40 of 48."""
+        cells = [average(rewards) for rewards in candidate.scores[self.step].values()]
+        everyone = [average(rewards) for c in self.contenders for rewards in c.scores[self.step].values()]
+        return (sum(cells) + 4 * average(everyone or [0.0])) / (len(cells) + 4)
+
+    # -- a round ---------------------------------------------------------------------------------------------------
+
+    def round(self):
+        """Parents, proposals, gate, scoring; False once the budget does not suffice for all of it."""
+        parents = self.draw_parents()
+        left = self.budget - self.spent
+        if left < MINIBATCH * (len(parents) + self.width) + len(self.anchors):
+            return False
+
+        # 1. The parents' fresh minibatches, of problems that they have not solved as far as there are: there is most to learn.
+        minibatches, before = {}, {}
+        for parent in parents:
+            problems = parent.scorers(self.anchors)
+            self.rng.shuffle(problems)
+            problems.sort(key=lambda p: average(parent.scores[self.step].get(p.id, [0.5])))
+            minibatches[parent] = problems[:MINIBATCH]
+        rollouts = self.spend([(parent, p) for parent in parents for p in minibatches[parent]])
+        for parent in parents:
+            before[parent], rollouts = rollouts[:len(minibatches[parent])], rollouts[len(minibatches[parent]):]
+        total = lambda c, problems: sum(c.scores[self.step][p.id][-1] for p in problems)
+        reward = {parent: total(parent, minibatches[parent]) for parent in parents}
+        parents = [parent for parent in parents if reward[parent] < len(minibatches[parent])]     # a perfect one cannot be beaten
+
+        # 2. Proposals, and the gate: strictly better than the parent on the same minibatch.
+        children = self.propose(parents, minibatches, before)
+        self.spend([(child, p) for child, parent in children for p in minibatches[parent]])
+        for child, parent in children:
+            after = total(child, minibatches[parent])
+            child.verdict = "accepted" if after > reward[parent] else "failed"
+            child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {reward[parent]:g}"
+        self.waiting += [child for child, _ in children if child.verdict == "accepted"]
+
+        # 3. The most promising of the accepted, on all anchors; half of the budget is left for what comes later.
+        for _ in range(max(1, (self.budget - self.spent) // (2 * len(self.anchors)))):
+            if self.waiting and self.missing(best := max(self.waiting, key=self.promise)) <= self.budget - self.spent:
+                self.measure([best], self.anchors)
+                self.waiting.remove(best)
+                self.contenders.append(best)
+        for child, parent in children:
+            better = child.verdict == "accepted" and (child in self.waiting or self.estimate(child) > self.estimate(parent))
+            self.population.operators[child.operator][0 if better else 1] += 1
+        return True
+
+    def promise(self, candidate):
+        return self.estimate(candidate), self.liking.get(candidate, 0.0)
+
+    def draw_parents(self):
+        table = [[average(c.scores[self.step][p.id]) if p.id in c.scores[self.step] else None for p in self.anchors] for c in self.contenders]
+        weights, parents = parent_weights(table), []
+        for _ in range(min(3, self.width // 4)):
+            parents += self.rng.choices(self.contenders, weights)
+        return list(dict.fromkeys(parents))
+
+    # -- proposals -------------------------------------------------------------------------------------------------
+
+    def propose(self, parents, minibatches, rollouts):
+        """Up to `width` children to be asked: list of (candidate, parent). Rewrites are written in one batch; of the others more are
+        drafted, which costs no rollout, and those are taken under which the model finds the known solutions likeliest."""
+        if not parents:
+            return []
+        slots = [name for name, record in self.population.operators.items() if not any(record)]       # each has a first chance
+        slots += [self.draw_operator() for _ in range(self.width - len(slots))]
+        taken = {c.context for c in self.candidates}
+        drafts = defaultdict(dict)                                      # operator -> context -> (parent, second parent)
+
+        asked = [self.rng.choice(parents) for name in slots if name == "rewrite"]
+        replies = self.write([reflection(parent.context, rollouts[parent]) for parent in asked], self.calls) if asked else []
+        for parent, (reply, stopped) in zip(asked, replies):
+            try:
+                context = self.rewrite(parent, reply, stopped)
+                drafts["rewrite"].setdefault(context, (parent,))
+            except ValueError as error:
+                self.add(Context(printable(reply)[:2000], parent.context.examples), (parent,), "rewrite", "rejected", str(error))
+                self.population.operators["rewrite"][1] += 1
+        for name in ("lesson", "example", "merge"):
+            for _ in range(DRAFTS * slots.count(name)):
+                parent, other = self.rng.choice(parents), self.rng.choice(self.contenders)
+                context = getattr(self, name)(parent.context, other.context, {p.id for p in minibatches[parent]})
+                if context not in taken and self.count(context) <= self.prompt_tokens:
+                    drafts[name].setdefault(context, (parent, other)[:1 + (name == "merge")])
+
+        liking = self.likings([context for each in drafts.values() for context in each if context not in taken])
+        ranked = {name: sorted(each, key=lambda context: -liking.get(context, 0.0)) for name, each in drafts.items()}
+        chosen = [(name, context) for name, contexts in ranked.items() for context in contexts[:slots.count(name)]]
+        spare = [(name, context) for name, contexts in ranked.items() for context in contexts[slots.count(name):]]
+        children = []
+        for name, context in (chosen + spare)[:self.width]:
+            child = self.add(context, drafts[name][context], name)
+            self.liking[child] = liking.get(context, 0.0)
+            children.append((child, drafts[name][context][0]))
+        return children
+
+    def add(self, context, parents, operator, verdict="failed", reason=""):
+        changes = [line for line in difflib.ndiff(readable(parents[0].context), readable(context)) if line[0] in "+-"]
+        child = Candidate(self.population.proposed, context, tuple(p.id for p in parents), operator, self.step, verdict, reason,
+                          changes, {self.step: {}})
+        self.population.proposed += 1
+        self.candidates.append(child)
+        return child
+
+    def draw_operator(self):
+        """Thompson sampling: the operator whose success rate, drawn from its Beta posterior, is the highest."""
+        return max(OPERATORS, key=lambda name: self.rng.betavariate(*(1 + n for n in self.population.operators[name])))
+
+    def likings(self, contexts):
+        """Mean log-prob per token of the probes' known solutions under each context."""
+        jobs = [(context, p) for context in contexts for p in self.probes if p.id not in {e.problem_id for e in context.examples}]
+        if not self.likelihood or not jobs:
+            return {}
+        out = defaultdict(list)
+        answers = [(context, p, next(iter(self.solutions[p.id].values())).answer) for context, p in jobs]
+        for (context, _), value in zip(jobs, self.likelihood(answers)):
+            out[context].append(value)
+        return {context: average(values) for context, values in out.items()}
+
+    def rewrite(self, parent, reply, stopped):
+        system = parse_rewrite(reply, stopped)
+        context = Context(system, parent.context.examples)
+        if " ".join(system.split()) == " ".join(parent.context.system.split()):
+            raise ValueError("unchanged")
+        if any(c.context == context for c in self.candidates):
+            raise ValueError("proposed before")
+        if (size := self.count(context)) > self.prompt_tokens:
+            raise ValueError(f"too long: {size} tokens with its examples")
+        if found := leaks(system, self.anchors) - leaks(parent.context.system, self.anchors):
+            raise ValueError("copies " + ", ".join(sorted({f"an anchor's {kind}" for _, kind in found})))
+        return context
+
+    def lesson(self, context, _, minibatch):
+        """One lesson more, or, once in a while, one less."""
+        instruction, lessons = lessons_of(context.system)
+        new = [s for s in general_sentences(self.feedback) if s not in context.system and not leaks(s, self.anchors) and not MARKUP.search(s)]
+        if lessons and (not new or self.rng.random() < 1 / 4):
+            lessons.remove(self.rng.choice(lessons))
+        elif new:
+            lessons.append(printable(self.rng.choice(new)))
+        return Context(with_lessons(instruction, lessons), context.examples)
+
+    def example(self, context, _, minibatch):
+        """Some of the examples stay, in a new order; others are added. Never one of a problem that is about to score it."""
+        old = context.examples
+        stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
+        barred = minibatch | {e.problem_id for e in old} | {p.id for p in self.probes}
+        pool = [found for problem, found in self.solutions.items() if problem not in barred]
+        new = [self.rng.choice(list(found.values())) for found in self.rng.sample(pool, min(len(pool), self.rng.choice([0, 1, 2, 4, 8])))]
+        return self.fit(context.system, stay + new)
+
+    def merge(self, context, other, minibatch):
+        """The first prompt's instruction, both prompts' lessons and examples."""
+        if other == context:
+            return context
+        (instruction, lessons), (_, others) = lessons_of(context.system), lessons_of(other.system)
+        examples = {e.problem_id: e for e in other.examples if e.problem_id not in minibatch} | {e.problem_id: e for e in context.examples}
+        return self.fit(with_lessons(instruction, list(dict.fromkeys(lessons + others))), list(examples.values()))
+
+    def fit(self, system, examples):
+        """In random order, without as many of the examples as the token limit asks for."""
+        self.rng.shuffle(examples)
+        while examples and self.count(Context(system, tuple(examples))) > self.prompt_tokens:
+            examples.pop()
+        return Context(system, tuple(examples))
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def finish(self, keep):
+        """Spends what is left on the most promising of those not yet known in full, and keeps the best that cover the frontier."""
+        pool = self.contenders + self.waiting
+        for c in sorted(pool, key=self.promise, reverse=True):
+            self.measure([c], self.anchors)
+        # Of prompts with the same system text and the same examples in another order only the best is kept, unless others lack.
+        pool.sort(key=lambda c: (self.missing(c) == 0, self.estimate(c)), reverse=True)
+        alike = {}
+        for c in pool:
+            alike.setdefault((c.context.system, frozenset(c.context.examples)), c)
+        pool, rest = list(alike.values()), [c for c in pool if c not in alike.values()]
+        mean = {c: self.estimate(c) for c in self.candidates}
+
+        def cells(c):       # a 0 or 1 of a single rollout, drawn towards the candidate's mean as if by two more
+            return [(sum(r) + 2 * mean[c]) / (len(r) + 2) for r in (c.scores[self.step].get(p.id, []) for p in self.anchors)]
+
+        known = [mean[c] - (self.missing(c) > 0) for c in pool]         # who is not known in full cannot win
+        kept = [pool[i] for i in cover([cells(c) for c in pool], known, [self.count(c.context) for c in pool], keep)]
+        asked = [c for c in self.candidates if c.scores[self.step] and c not in pool]
+        kept += sorted(asked, key=mean.get, reverse=True)[:keep - len(kept)]
+        kept += [kept[i % len(kept)] for i in range(keep - len(kept))]
+        self.population.candidates = kept
+        for c in self.candidates:
+            if c.verdict != "rejected":
+                problems = len(c.scores[self.step])
+                place = f"kept as number {kept.index(c) + 1}" if c in kept else "not kept"
+                c.reason = "; ".join(filter(None, [c.reason, f"mean {c.mean(self.step) or 0:.2f} on {problems} problems", place]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The story of a run
+
+
+def show(rows):
+    """Rows of prompts.jsonl (Candidate.to_json) -> the family tree as text, each prompt with its last verdict, its mean at each weight
+    step, and what it changed in its parent."""
+    latest, means, children = {}, defaultdict(dict), defaultdict(list)
+    for row in rows:
+        latest[row["id"]] = row
+        means[row["id"]].update(row["means"])
+    for row in latest.values():
+        children[next((i for i in row["parents"] if i in latest), None)].append(row)
+    lines, todo = [], [(row, 0) for row in reversed(children[None])]
+    while todo:
+        row, depth = todo.pop()
+        indent = "    " * depth
+        scores = "".join(f"; {mean:.2f} at step {step}" for step, mean in means[row["id"]].items() if mean is not None)
+        second = f" with #{row['parents'][1]}" if len(row["parents"]) > 1 else ""
+        lines.append(f"{indent}#{row['id']} {row['operator']}{second}: {row['verdict']} ({row['reason']}){scores}")
+        text = row["changes"] if row["parents"] else readable(Context(row["system"], tuple(Example(**e) for e in row["examples"])))
+        lines += [f"{indent}    {line}" for line in text]
+        todo += [(child, depth + 1) for child in reversed(children[row["id"]])]
+    return printable("\n".join(lines))
