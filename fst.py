@@ -92,7 +92,7 @@ class Config:
     # evaluation and files
     eval_every: int = setting(None, "slow steps between evaluations; 0: only the last", "ours: the cycle's length")
     eval_problems: int = setting(None, "problems in an evaluation", "ours by device")
-    eval_samples: int = setting(4, "sampled answers per problem beside the greedy one", "paper: mean@4")
+    eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 2")
     save_every: int = setting(None, "slow steps between saved states", "ours: the cycle's length")
     out: str = setting("", "the run's folder; empty: runs/TASK-METHOD-SEED")
 
@@ -117,7 +117,7 @@ def resolve(config):
             steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=48 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
             micro_batch=2048 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
-            eval_problems=64 if cpu else 256).items():
+            eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
     c.model, c.why_model = choose_model(c) if c.model == "auto" else (c.model, "as asked")
@@ -519,7 +519,7 @@ class Run:
                     row[f"{prefix}{name}mean"] = float(means.mean())
                     row[f"{prefix}{name}mean_interval"] = [float(max(0, means.mean() - spread)), float(min(1, means.mean() + spread))]
             if model is self.model and c.eval_samples:
-                rows = [(r.prompt, r.tokens) for r in drawn[::c.eval_samples]]
+                rows = [(r.prompt, r.tokens) for r in drawn[::2 * c.eval_samples]]     # one answer to every second problem
                 ours, base = (torch.cat(score_all(m, rows, 1.0, c.micro_batch)) for m in (self.model, self.base))
                 row["kl_base"] = kl_k3(ours, base).mean().item()
         row["seconds"] = time.perf_counter() - start

@@ -19,6 +19,7 @@ the rewrite, many children a round instead of one, worked examples picked by the
 rollout is spent on them, and estimates in place of raw scores where prompts are compared.
 """
 import difflib
+import math
 import random
 import re
 from collections import Counter, defaultdict
@@ -28,8 +29,9 @@ from rollout import Context, Example
 
 OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
-DRAFTS = 4                # contexts drafted for each that is asked, where their likelihood is known
-PROBES = 12               # most anchors whose solutions' likelihood ranks the drafts
+DRAFTS = 4                # contexts drafted in a generation for each that is asked, where their likelihood is known,
+GENERATIONS = 3           # how often the likeliest drafts are edited further,
+PROBES = 12               # and the most anchors whose solutions' likelihood counts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The population
@@ -275,7 +277,7 @@ class Search:
         self.candidates = list(dict.fromkeys(population.candidates))
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
-        self.liking = {}                                                # candidate -> likelihood of the probes under it
+        self.liking, self.mates = {}, {}            # candidate -> likelihood of the probes under it; context -> its further parents
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
         for c in self.candidates:
             c.scores = {step: c.scores.get(step, {})}
@@ -324,7 +326,8 @@ class Search:
         share = self.budget if len(self.candidates) == 1 else 2 * self.budget // (5 * len(self.candidates))
         self.measure(self.candidates, self.anchors[:max(1, share)])
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)
-        self.probes = [p for p in self.anchors if p.id in self.solutions][:min(PROBES, len(self.anchors) // 4)]
+        known = [p for p in self.anchors if p.id in self.solutions]
+        self.probes = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
 
     def estimate(self, candidate):
         """A candidate's mean, drawn towards the mean of all as if by 4 more problems: 3 of 3 is no better than 40 of 48."""
@@ -392,100 +395,110 @@ class Search:
         drafted, which costs no rollout, and those are taken under which the model finds the known solutions likeliest."""
         if not parents:
             return []
+        self.sentences = [s for s in map(printable, general_sentences(self.feedback)) if not leaks(s, self.anchors) and not MARKUP.search(s)]
         slots = [name for name, record in self.population.operators.items() if not any(record)]       # each has a first chance
         slots += [self.draw_operator() for _ in range(self.width - len(slots))]
-        taken = {c.context for c in self.candidates}
-        drafts = defaultdict(dict)                                      # operator -> context -> (parent, second parent)
+        slots = Counter((name, self.rng.choice(parents)) for name in slots)
 
-        asked = [self.rng.choice(parents) for name in slots if name == "rewrite"]
+        asked = [parent for (name, parent), n in slots.items() for _ in range(n) if name == "rewrite"]
         replies = self.write([reflection(parent.context, rollouts[parent]) for parent in asked], self.calls) if asked else []
-        for parent, (reply, stopped) in zip(asked, replies):
-            try:
-                context = self.rewrite(parent, reply, stopped)
-                drafts["rewrite"].setdefault(context, (parent,))
-            except ValueError as error:
-                self.add(Context(printable(reply)[:2000], parent.context.examples), (parent,), "rewrite", "rejected", str(error))
-                self.population.operators["rewrite"][1] += 1
-        for name in ("lesson", "example", "merge"):
-            for _ in range(DRAFTS * slots.count(name)):
-                parent, other = self.rng.choice(parents), self.rng.choice(self.contenders)
-                context = getattr(self, name)(parent.context, other.context, {p.id for p in minibatches[parent]})
-                if context not in taken and self.count(context) <= self.prompt_tokens:
-                    drafts[name].setdefault(context, (parent, other)[:1 + (name == "merge")])
-
-        liking = self.likings([context for each in drafts.values() for context in each if context not in taken])
-        ranked = {name: sorted(each, key=lambda context: -liking.get(context, 0.0)) for name, each in drafts.items()}
-        chosen = [(name, context) for name, contexts in ranked.items() for context in contexts[:slots.count(name)]]
-        spare = [(name, context) for name, contexts in ranked.items() for context in contexts[slots.count(name):]]
-        children = []
-        for name, context in (chosen + spare)[:self.width]:
-            child = self.add(context, drafts[name][context], name)
-            self.liking[child] = liking.get(context, 0.0)
-            children.append((child, drafts[name][context][0]))
-        return children
-
-    def add(self, context, parents, operator, verdict="failed", reason=""):
-        changes = [line for line in difflib.ndiff(readable(parents[0].context), readable(context)) if line[0] in "+-"]
-        child = Candidate(self.population.proposed, context, tuple(p.id for p in parents), operator, self.step, verdict, reason,
-                          changes, {self.step: {}})
-        self.population.proposed += 1
-        self.candidates.append(child)
-        return child
+        children = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
+        for (name, parent), n in slots.items():
+            if name != "rewrite":
+                children += [(child, parent) for child in self.climb(getattr(self, name), parent, minibatches[parent], n)]
+        return [(child, parent) for child, parent in children if child.verdict != "rejected"]
 
     def draw_operator(self):
         """Thompson sampling: the operator whose success rate, drawn from its Beta posterior, is the highest."""
         return max(OPERATORS, key=lambda name: self.rng.betavariate(*(1 + n for n in self.population.operators[name])))
 
-    def likings(self, contexts):
-        """Mean log-prob per token of the probes' known solutions under each context."""
-        jobs = [(context, p) for context in contexts for p in self.probes if p.id not in {e.problem_id for e in context.examples}]
-        if not self.likelihood or not jobs:
-            return {}
-        out = defaultdict(list)
-        answers = [(context, p, next(iter(self.solutions[p.id].values())).answer) for context, p in jobs]
-        for (context, _), value in zip(jobs, self.likelihood(answers)):
-            out[context].append(value)
-        return {context: average(values) for context, values in out.items()}
+    def add(self, context, parent, operator, verdict="failed", reason=""):
+        """A new candidate; one that is not asked, or does not get past the gate, keeps its verdict."""
+        changes = [line for line in difflib.ndiff(readable(parent.context), readable(context)) if line[0] in "+-"]
+        parents = (parent.id, *self.mates.get(context, ()))
+        child = Candidate(self.population.proposed, context, parents, operator, self.step, verdict, reason, changes, {self.step: {}})
+        self.population.proposed += 1
+        self.candidates.append(child)
+        return child
 
     def rewrite(self, parent, reply, stopped):
-        system = parse_rewrite(reply, stopped)
-        context = Context(system, parent.context.examples)
-        if " ".join(system.split()) == " ".join(parent.context.system.split()):
-            raise ValueError("unchanged")
-        if any(c.context == context for c in self.candidates):
-            raise ValueError("proposed before")
-        if (size := self.count(context)) > self.prompt_tokens:
-            raise ValueError(f"too long: {size} tokens with its examples")
-        if found := leaks(system, self.anchors) - leaks(parent.context.system, self.anchors):
-            raise ValueError("copies " + ", ".join(sorted({f"an anchor's {kind}" for _, kind in found})))
-        return context
+        """What the reflector wrote, as a candidate: rejected, with the reason, where it cannot be a prompt."""
+        try:
+            system = parse_rewrite(reply, stopped)
+            context = Context(system, parent.context.examples)
+            if system.split() == parent.context.system.split():
+                raise ValueError("unchanged")
+            if context in [c.context for c in self.candidates]:
+                raise ValueError("proposed before")
+            if (size := self.count(context)) > self.prompt_tokens:
+                raise ValueError(f"too long: {size} tokens with its examples")
+            if found := leaks(system, self.anchors) - leaks(parent.context.system, self.anchors):
+                raise ValueError(f"copies the {', '.join(sorted({kind for _, kind in found}))} of an anchor problem")
+        except ValueError as error:
+            self.population.operators["rewrite"][1] += 1
+            return self.add(Context(printable(reply)[:2000], parent.context.examples), parent, "rewrite", "rejected", str(error))
+        child = self.add(context, parent, "rewrite")
+        self.liking[child] = self.liking.get(parent, 0.0)
+        return child
 
-    def lesson(self, context, _, minibatch):
+    def climb(self, operator, parent, minibatch, slots):
+        """Up to `slots` children of the parent by one operator. Where the likelihood of known solutions is to be had, which costs no
+        rollout, many are drafted, the best of them are edited further, and the best of all are proposed."""
+        barred, liking, start = {p.id for p in minibatch}, {}, [parent.context]
+        before = {c.context for c in self.candidates}
+        for _ in range(GENERATIONS if self.probes else 1):
+            drafts = [operator(self.rng.choice(start), barred) for _ in range(slots * (DRAFTS if self.probes else 1))]
+            liking |= self.likings([d for d in dict.fromkeys(drafts) if d not in liking and d not in before])
+            start = sorted(liking, key=liking.get, reverse=True)[:slots] or start
+        children = [self.add(context, parent, operator.__name__) for context in start if context in liking]
+        self.liking |= {child: liking[child.context] for child in children}
+        return children
+
+    def likings(self, contexts):
+        """How likely the model finds the probes' known solutions under each context: the mean over probes of the probability of 16
+        tokens at the solution's mean log-prob. Near the chance to be right where answers are about so long, and of one scale where not."""
+        jobs = [(c, p, self.solution(p.id).answer) for c in contexts for p in self.probes if p.id not in {e.problem_id for e in c.examples}]
+        found = {context: [] for context in contexts}
+        for (context, _, _), logprob in zip(jobs, self.likelihood(jobs) if jobs else []):
+            found[context].append(math.exp(16 * logprob))
+        return {context: average(values or [0.0]) for context, values in found.items()}
+
+    def solution(self, problem_id, own=False):
+        """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`) the model's."""
+        known = self.solutions[problem_id]
+        return known["own" if "reference" not in known or own and "own" in known else "reference"]
+
+    def lesson(self, context, barred):
         """One lesson more, or, once in a while, one less."""
         instruction, lessons = lessons_of(context.system)
-        new = [s for s in general_sentences(self.feedback) if s not in context.system and not leaks(s, self.anchors) and not MARKUP.search(s)]
+        new = [s for s in self.sentences if s not in context.system]
         if lessons and (not new or self.rng.random() < 1 / 4):
             lessons.remove(self.rng.choice(lessons))
         elif new:
-            lessons.append(printable(self.rng.choice(new)))
+            lessons.append(self.rng.choice(new))
         return Context(with_lessons(instruction, lessons), context.examples)
 
-    def example(self, context, _, minibatch):
-        """Some of the examples stay, in a new order; others are added. Never one of a problem that is about to score it."""
-        old = context.examples
+    def example(self, context, barred):
+        """Some of the examples stay, others are added. None of a problem that is about to score it, or whose likelihood does."""
+        old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
-        barred = minibatch | {e.problem_id for e in old} | {p.id for p in self.probes}
-        pool = [found for problem, found in self.solutions.items() if problem not in barred]
-        new = [self.rng.choice(list(found.values())) for found in self.rng.sample(pool, min(len(pool), self.rng.choice([0, 1, 2, 4, 8])))]
-        return self.fit(context.system, stay + new)
+        barred = barred | {e.problem_id for e in old} | {p.id for p in self.probes}
+        pool = [problem_id for problem_id in self.solutions if problem_id not in barred]
+        added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 1, 2, 4, 8])))
+        return self.fit(context.system, stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added])
 
-    def merge(self, context, other, minibatch):
-        """The first prompt's instruction, both prompts' lessons and examples."""
-        if other == context:
+    def merge(self, context, barred):
+        """With another prompt's lessons and examples too."""
+        other = self.rng.choice(self.contenders)
+        (instruction, lessons), (_, more) = lessons_of(context.system), lessons_of(other.context.system)
+        lessons += [lesson for lesson in more if lesson not in lessons]
+        had = {e.problem_id for e in context.examples} | barred
+        new = [e for e in other.context.examples if e.problem_id not in had]
+        if not new and with_lessons(instruction, lessons) == context.system:
             return context
-        (instruction, lessons), (_, others) = lessons_of(context.system), lessons_of(other.system)
-        examples = {e.problem_id: e for e in other.examples if e.problem_id not in minibatch} | {e.problem_id: e for e in context.examples}
-        return self.fit(with_lessons(instruction, list(dict.fromkeys(lessons + others))), list(examples.values()))
+        merged = self.fit(with_lessons(instruction, lessons), [*context.examples, *new])
+        self.mates[merged] = (*self.mates.get(context, ()), other.id)
+        return merged
 
     def fit(self, system, examples):
         """In random order, without as many of the examples as the token limit asks for."""

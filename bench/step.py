@@ -1,0 +1,101 @@
+"""
+One whole GRPO step (sample, grade, log-probs, backward, AdamW) of ours and of TRL's GRPOTrainer, each in a process of its own:
+same weights, prompts, group, length and number of optimizer steps, no KL term. Prints seconds and peak memory, and appends a
+row each to results/bench_step.jsonl.
+
+    FST_DATA=... python bench/step.py                     8 x 8 x 128 on gsm8k, 8 x 16 x 40 on arithmetic
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import fst                                                                # noqa: E402
+from model import load, save                                              # noqa: E402
+from rollout import Context, get_task                                     # noqa: E402
+from sampler import record                                       # noqa: E402
+
+JOBS = {"gsm8k": (8, 8, 128), "arithmetic": (8, 16, 40)}                  # problems, group, new tokens
+
+
+def ours(task, problems, group, limit, steps):
+    with tempfile.TemporaryDirectory() as out:
+        config, _ = fst.parse(["--task", task, "--method", "rl", "--model", "smollm2-135m", "--batch", str(problems), "--group", str(group),
+                               "--max-new-tokens", str(limit), "--kl", "0", "--steps", str(steps + 1), "--out", out])
+        resolved, lock = fst.open_run(config, False)
+        run = fst.Run(resolved)
+        reinforce = run.reinforce
+        # every group trains, whatever the rewards: the first half of it is called right
+        run.reinforce = lambda rollouts, rewards: reinforce(rollouts, (torch.arange(group) < group // 2).float().expand(problems, -1))
+        seconds = []
+        for step in range(steps + 1):
+            start = time.perf_counter()
+            row = run.slow(0, step)
+            seconds.append(time.perf_counter() - start)
+        lock.close()
+        return min(seconds[1:]), {"sample_seconds": row["sample_seconds"], "train_seconds": row["train_seconds"], "length": row["length"]}
+
+
+def trl(task, problems, group, limit, steps):
+    import transformers
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    folder = tempfile.mkdtemp()
+    save(folder, *load("smollm2-135m", dtype=torch.bfloat16))
+    chosen = get_task(task)
+    prompts = [{"prompt": Context(chosen.seed_prompt).messages(p.question)} for p in chosen.problems("train")[:problems * (steps + 1)]]
+    seconds, lengths = [], []
+
+    def reward(completions, completion_ids, **_):
+        lengths.extend(map(len, completion_ids))
+        return [float(i % group < group // 2) for i in range(len(completions))]
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            seconds.append(time.perf_counter() - self.start)
+
+    options = GRPOConfig(output_dir=folder + "/out", per_device_train_batch_size=problems * group, num_generations=group, max_completion_length=limit,
+                         max_steps=steps + 1, learning_rate=1e-6, beta=0.0, temperature=1.0, top_p=1.0, top_k=0, bf16=True, report_to=[], save_strategy="no",
+                         use_cpu=not torch.cuda.is_available(), logging_steps=1000, gradient_checkpointing=False, disable_tqdm=True)
+    trainer = GRPOTrainer(folder, reward_funcs=reward, args=options, train_dataset=Dataset.from_list(prompts), callbacks=[Clock()])
+    trainer.train()
+    return min(seconds[1:]), {"length": sum(lengths) / len(lengths)}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--job", action="append", choices=list(JOBS))
+    parser.add_argument("--systems", default="ours,trl")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        system, task = options.child
+        seconds, more = {"ours": ours, "trl": trl}[system](task, *JOBS[task], options.steps)
+        print(json.dumps({"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, **more}))
+        return
+    for task in options.job or JOBS:
+        problems, group, limit = JOBS[task]
+        for system in options.systems.split(","):
+            out = subprocess.run([sys.executable, __file__, "--steps", str(options.steps), "--child", system, task], capture_output=True, text=True)
+            if out.returncode:
+                print(f"{task:12} {system:6} failed: {out.stderr.strip().splitlines()[-1]}")
+                continue
+            row = json.loads(out.stdout.strip().splitlines()[-1])
+            print(f"{task:12} {problems} x {group} x {limit:4d}  {system:6} {row['seconds']:7.1f} s a step  {row['peak_gb']:5.1f} GB  mean length {row['length']:.0f}", flush=True)
+            record("bench_step.jsonl", task=task, problems=problems, group=group, new_tokens=limit, system=system, steps=options.steps, **row)
+
+
+if __name__ == "__main__":
+    main()
