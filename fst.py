@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import reflect
-from model import load, save
+from model import load, replace_file, save
 from rollout import TASKS, Context, Sampler, ask, get_task, score
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,14 +80,14 @@ class Config:
     # slow weights
     loss: str = setting("cispo", f"one of {', '.join(LOSSES)}", "paper")
     cap: float = setting(4.0, "CISPO's cap on the importance weight", "paper")
-    lr: float = setting(1e-5, "AdamW's learning rate", "paper: not known")
+    lr: float = setting(2e-5, "AdamW's learning rate", "paper: not known; SmolLM2 learns well at it, larger models want less")
     warmup: int = setting(10, "updates of linear warm-up", "paper")
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
     micro_batch: int = setting(None, "tokens in one forward and backward pass", "ours by device")
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
-    prompt_tokens: int = setting(1024, "longest context that is proposed")
-    reflection_tokens: int = setting(256, "limit of what the reflector writes")
+    prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device: training runs through it")
+    reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "self: the current weights reflect; base: the frozen starting weights", "paper: a frozen model")
     # evaluation and files
     eval_every: int = setting(None, "slow steps between evaluations; 0: only the last", "ours: the cycle's length")
@@ -117,16 +117,17 @@ def resolve(config):
             steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=48 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
             micro_batch=2048 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
-            eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4).items():
+            eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
+            prompt_tokens=(320 if plain else 1024) if cpu else 2048, reflection_tokens=160 if cpu else 1024).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
     c.model, c.why_model = choose_model(c) if c.model == "auto" else (c.model, "as asked")
     c.out = c.out or f"runs/{c.task.replace(':', '-').replace('/', '-').replace(',', '+')}-{c.method}-{c.seed}"
     for field in ("steps", "cycle", "batch", "group", "prompts", "max_new_tokens", "slots", "cap", "lr", "micro_batch", "level",
-                  "prompt_tokens", "reflection_tokens", "eval_problems", "save_every"):
+                  "prompt_tokens", "reflection_tokens", "eval_problems", "eval_samples", "save_every"):
         if not getattr(c, field) > 0:
             raise ValueError(f"--{field.replace('_', '-')} must be above 0, not {getattr(c, field)}")
-    for field in ("temperature", "seed", "warmup", "kl", "passes", "eval_every", "eval_samples"):
+    for field in ("temperature", "seed", "warmup", "kl", "passes", "eval_every"):
         if not getattr(c, field) >= 0:
             raise ValueError(f"--{field.replace('_', '-')} must not be negative, and is {getattr(c, field)}")
     if c.temperature == 0:
@@ -261,8 +262,7 @@ class Learner:
         for name, m in self.masters.items():
             m.copy_(read(f"master.{name}"))
             if f"step.{name}" in names:
-                self.optimizer.state[m] = {key: read(f"{key}.{name}").to("cpu" if key == "step" and m.device.type == "cpu" else m.device)
-                                           for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[m] = {key: read(f"{key}.{name}").to(m.device) for key in ("step", "exp_avg", "exp_avg_sq")}
         self.refresh()
 
 
@@ -514,18 +514,17 @@ class Run:
                 right = [r.reward for r in greedy[at * size:(at + 1) * size]]
                 means = np.array([r.reward for r in drawn[at * size * c.eval_samples:(at + 1) * size * c.eval_samples]]).reshape(size, -1).mean(1)
                 row[f"{prefix}{name}greedy"], row[f"{prefix}{name}greedy_interval"] = float(np.mean(right)), wilson(sum(right), size)
-                if c.eval_samples:
-                    spread = 1.96 * means.std() / math.sqrt(size)
-                    row[f"{prefix}{name}mean"] = float(means.mean())
-                    row[f"{prefix}{name}mean_interval"] = [float(max(0, means.mean() - spread)), float(min(1, means.mean() + spread))]
-            if model is self.model and c.eval_samples:
+                spread = 1.96 * means.std() / math.sqrt(size)
+                row[f"{prefix}{name}mean"] = float(means.mean())
+                row[f"{prefix}{name}mean_interval"] = [float(max(0, means.mean() - spread)), float(min(1, means.mean() + spread))]
+            if model is self.model:
                 rows = [(r.prompt, r.tokens) for r in drawn[::2 * c.eval_samples]]     # one answer to every second problem
                 ours, base = (torch.cat(score_all(m, rows, 1.0, c.micro_batch)) for m in (self.model, self.base))
                 row["kl_base"] = kl_k3(ours, base).mean().item()
         row["seconds"] = time.perf_counter() - start
         self.journal("metrics.jsonl", row)
-        say(f"eval  step {row['step']:4d}  {row['task']} {split}, {size} problems: best prompt {row['greedy']:.1%} greedy, {row.get('mean', math.nan):.1%} sampled; "
-            f"seed prompt {row['seed_greedy']:.1%}, {row.get('seed_mean', math.nan):.1%}; KL to base {row.get('kl_base', math.nan):.4f}  ({row['seconds']:.0f} s)")
+        say(f"eval  step {row['step']:4d}  {row['task']} {split}, {size} problems: best prompt {row['greedy']:.1%} greedy, {row['mean']:.1%} sampled; "
+            f"seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; KL to base {row.get('kl_base', math.nan):.4f}  ({row['seconds']:.0f} s)")
         return row
 
     # -- the folder ------------------------------------------------------------------------------------------------
@@ -549,8 +548,8 @@ class Run:
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "state.safetensors"
         text = json.dumps(state)
-        save_file(tensors, path.with_suffix(".tmp"), metadata={"run": text, "sha256": digest(text, sorted(tensors), tensors.get)})
-        replace(path.with_suffix(".tmp"), path)
+        about = {"run": text, "sha256": digest(text, sorted(tensors), tensors.get)}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, about))
 
     def restore(self):
         path = self.folder / "state" / "state.safetensors"
@@ -574,7 +573,6 @@ class Run:
     def go(self):
         """Phase after phase until the schedule's end, or until asked to stop: True if it got there."""
         c = self.config
-        signal.signal(signal.SIGINT, self.interrupt)
         if (self.folder / "state" / "state.safetensors").exists():
             self.restore()
             say(f"this run is complete: {self.folder}" if self.finished else f"going on after {self.done} of {len(self.phases)} phases")
@@ -638,15 +636,7 @@ def wilson(successes, n):
 
 
 def write_text(path, text):
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    replace(path.with_suffix(".tmp"), path)
-
-
-def replace(source, target):
-    """Renames a whole file into place, after its bytes have reached the disk."""
-    with open(source, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(source, target)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def digest(text, names, read):
@@ -659,7 +649,7 @@ def digest(text, names, read):
 
 
 def table(row):
-    cell = lambda key: f"{row[key + 'greedy']:6.1%} / {row[key + 'mean']:6.1%}" if key + "mean" in row else f"{row[key + 'greedy']:6.1%}"
+    cell = lambda key: f"{row[key + 'greedy']:6.1%} / {row[key + 'mean']:6.1%}"
     return (f"{row['task']}, {row['n']} {row['split']} problems: accuracy greedy / sampled at temperature 1\n"
             f"                     seed prompt        evolved prompt\n"
             f"  base weights       {cell('base_seed_')}    {cell('base_')}\n"
@@ -698,7 +688,7 @@ def plot(folders, path):
         evals = [row for row in rows if row["kind"] == "eval" and row["split"] == "val"]
         steps = [row for row in rows if row["kind"] == "step"]
         for axis, key in zip(axes.flat, ("step", "rollouts", "kl_base")):
-            points = [row for row in evals if key in row and "mean" in row]
+            points = [row for row in evals if key in row]
             axis.plot([row[key] for row in points], [row["mean"] for row in points], "o-", color=colour, label=name)
             axis.plot([row[key] for row in points], [row["seed_mean"] for row in points], "o:", color=colour, alpha=0.5,
                       label=f"{name}, seed prompt")
@@ -708,9 +698,8 @@ def plot(folders, path):
         axis.set(xlabel=x, ylabel=y, ylim=(0, 1))
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(path.with_suffix(".tmp"), dpi=110, format="png", metadata={"Software": None})
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     pyplot.close(figure)
-    replace(path.with_suffix(".tmp"), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -757,6 +746,9 @@ def open_run(config, overwrite):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)      # let go by the system when the process ends, however it ends
     except OSError as error:
         raise ValueError(f"another process is at work in {folder}") from error
+    for pattern in (".config.json.*", ".curves.png.*", "checkpoint/.*.*.[0-9]*", "state/.state.safetensors.*"):
+        for leftover in folder.glob(pattern):                 # was being written when a run was killed
+            leftover.unlink()
     asked = dataclasses.asdict(config)
     if (folder / "config.json").exists() and not overwrite:
         stored = stored_config(folder)
@@ -837,6 +829,7 @@ def main(argv=None):
             resolved, lock = open_run(config, actions["overwrite"])
             with lock:
                 run = Run(resolved)
+                signal.signal(signal.SIGINT, run.interrupt)
                 say(f"{resolved.method} of {resolved.model} ({resolved.why_model}) on {resolved.task}, {resolved.device} {resolved.dtype}: {resolved.out}")
                 return 0 if run.go() else 130
     except (ValueError, OSError, FloatingPointError) as error:
@@ -844,6 +837,8 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
 
 

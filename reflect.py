@@ -14,9 +14,8 @@ The operators: `rewrite`, the model reads the prompt and rollouts with feedback 
 sentence of the grader's feedback; `example`, other worked examples, from solutions that the feedback gave away or that the model
 found; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn by their success so far.
 
-After GEPA (arXiv 2507.19457). What differs, because a small model rewrites badly and rewards are 0 or 1: the operators beside
-the rewrite, many children a round instead of one, worked examples picked by the likelihood of known solutions before any
-rollout is spent on them, and estimates in place of raw scores where prompts are compared.
+After GEPA (arXiv 2507.19457). What differs, as a small model rewrites badly and rewards are 0 or 1: the other operators, many
+children a round, drafts ranked by the likelihood of known solutions, which costs no rollout, and estimates for raw scores.
 """
 import difflib
 import math
@@ -186,7 +185,7 @@ def leaks(text, problems):
     A question or a line of a solution counts when six of its words in a row stand in the text (all, where it has only three to
     five), an answer when it stands there as a word of its own; a number that only numbers a line, "2. ", does not. Answers of a
     single letter are passed over: every text holds them."""
-    words = lambda s: re.findall(r"\d+(?:[.,]\d+)*|\w+", s.casefold())
+    words = lambda s: [w.replace(",", "") for w in re.findall(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\w+", s.casefold())]
     joined = f" {' '.join(words(text))} "
     body = f" {' '.join(words(re.sub(r'(?m)^ *[0-9]+[.)] ', '', text)))} "
     found = set()
@@ -212,11 +211,8 @@ def general_sentences(feedback):
 
 def lessons_of(system):
     """A system text -> (instruction, lessons): the lessons are the lines "- ..." at its end."""
-    lines = system.split("\n")
-    cut = len(lines)
-    while cut and lines[cut - 1].startswith("- "):
-        cut -= 1
-    return "\n".join(lines[:cut]), [line[2:] for line in lines[cut:]]
+    cut = re.search(r"(?:(?:^|\n)- [^\n]*)*\Z", system).start()
+    return system[:cut], [line[2:] for line in system[cut:].split("\n") if line]
 
 
 def with_lessons(instruction, lessons):
@@ -225,18 +221,16 @@ def with_lessons(instruction, lessons):
 
 def readable(context):
     """The context as lines, for diffs and for people."""
-    lines = context.system.split("\n")
-    for e in context.examples:
-        lines += [f"Q: {' '.join(e.question.split())}", f"A: {' | '.join(e.answer.split(chr(10)))}"]
-    return lines
+    turns = [(f"Q: {' '.join(e.question.split())}", f"A: {' | '.join(e.answer.splitlines())}") for e in context.examples]
+    return [*context.system.split("\n"), *(line for turn in turns for line in turn)]
 
 
 def reflection(context, rollouts):
     """The chat that asks for a better instruction."""
-    quote = lambda text: printable(text).replace("```", "'''").strip()[:1000]
+    quote = lambda text, limit=1000: printable(text).replace("```", "'''").strip()[:limit]
     cases = "\n\n".join(f"Question: {quote(r.problem.question)}\nResponse: {quote(r.text)}\nFeedback: {quote(r.feedback)}" for r in rollouts)
     return [{"role": "system", "content": "You improve the instructions that a language model is given."},
-            {"role": "user", "content": f"The current instruction:\n```\n{quote(context.system)}\n```\n\nHow the model did with it:\n\n{cases}\n\n"
+            {"role": "user", "content": f"The current instruction:\n```\n{quote(context.system, None)}\n```\n\nHow the model did with it:\n\n{cases}\n\n"
              "Write a better instruction. Edit the current one in place: keep what works, and add what the feedback teaches that "
              "holds for every question of this kind. Do not quote any question, number or answer from above. "
              "End with the whole new instruction between ``` and ```."}]
@@ -272,7 +266,8 @@ class Search:
         self.population, self.ask, self.write, self.likelihood, self.count = population, ask, write, likelihood, count
         self.budget, self.step, self.prompt_tokens, self.spent, self.calls = budget, step, prompt_tokens, 0, 0
         self.rng = random.Random(f"{seed} {step}")
-        self.anchors = self.rng.sample(anchors, len(anchors))           # so that any first part is a fair sample
+        self.anchors = list({p.id: p for p in anchors}.values())
+        self.rng.shuffle(self.anchors)                                  # any first part is then a fair sample
         self.width = max(4, min(16, len(anchors) // 8))                 # children asked a round
         self.candidates = list(dict.fromkeys(population.candidates))
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
@@ -339,42 +334,44 @@ class Search:
 
     def round(self):
         """Parents, proposals, gate, scoring; False once the budget does not suffice for all of it."""
-        parents = self.draw_parents()
-        left = self.budget - self.spent
+        parents, left = self.draw_parents(), self.budget - self.spent
         if left < MINIBATCH * (len(parents) + self.width) + len(self.anchors):
             return False
 
         # 1. The parents' fresh minibatches, of problems that they have not solved as far as there are: there is most to learn.
-        minibatches, before = {}, {}
+        minibatches = {}
         for parent in parents:
             problems = parent.scorers(self.anchors)
             self.rng.shuffle(problems)
             problems.sort(key=lambda p: average(parent.scores[self.step].get(p.id, [0.5])))
             minibatches[parent] = problems[:MINIBATCH]
-        rollouts = self.spend([(parent, p) for parent in parents for p in minibatches[parent]])
-        for parent in parents:
-            before[parent], rollouts = rollouts[:len(minibatches[parent])], rollouts[len(minibatches[parent]):]
-        total = lambda c, problems: sum(c.scores[self.step][p.id][-1] for p in problems)
-        reward = {parent: total(parent, minibatches[parent]) for parent in parents}
-        parents = [parent for parent in parents if reward[parent] < len(minibatches[parent])]     # a perfect one cannot be beaten
+        rollouts = iter(self.spend([(parent, p) for parent in parents for p in minibatches[parent]]))
+        traces = {parent: [next(rollouts) for _ in minibatches[parent]] for parent in parents}
+        if not any(traces.values()):
+            return False                                  # every anchor is among the parents' own examples
+        reward = {parent: sum(r.reward for r in traces[parent]) for parent in parents}
+        parents = [parent for parent in parents if reward[parent] < len(traces[parent])]      # a perfect one cannot be beaten
 
         # 2. Proposals, and the gate: strictly better than the parent on the same minibatch.
-        children = self.propose(parents, minibatches, before)
-        self.spend([(child, p) for child, parent in children for p in minibatches[parent]])
+        children = self.propose(parents, traces) if parents else []
+        rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
-            after = total(child, minibatches[parent])
-            child.verdict = "accepted" if after > reward[parent] else "failed"
+            after = sum(next(rollouts).reward for _ in minibatches[parent])
             child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {reward[parent]:g}"
-        self.waiting += [child for child, _ in children if child.verdict == "accepted"]
+            if after > reward[parent]:
+                child.verdict = "accepted"
+                self.waiting.append(child)
 
         # 3. The most promising of the accepted, on all anchors; half of the budget is left for what comes later.
-        for _ in range(max(1, (self.budget - self.spent) // (2 * len(self.anchors)))):
-            if self.waiting and self.missing(best := max(self.waiting, key=self.promise)) <= self.budget - self.spent:
-                self.measure([best], self.anchors)
-                self.waiting.remove(best)
-                self.contenders.append(best)
+        left = self.budget - self.spent
+        best = sorted(self.waiting, key=self.promise, reverse=True)[:max(1, left // (2 * len(self.anchors)))]
+        while sum(map(self.missing, best)) > left:
+            best.pop()
+        self.measure(best, self.anchors)
+        self.contenders += best
+        self.waiting = [c for c in self.waiting if c not in best]
         for child, parent in children:
-            better = child.verdict == "accepted" and (child in self.waiting or self.estimate(child) > self.estimate(parent))
+            better = child in self.waiting or child in self.contenders and self.estimate(child) > self.estimate(parent)
             self.population.operators[child.operator][0 if better else 1] += 1
         return True
 
@@ -382,30 +379,26 @@ class Search:
         return self.estimate(candidate), self.liking.get(candidate, 0.0)
 
     def draw_parents(self):
-        table = [[average(c.scores[self.step][p.id]) if p.id in c.scores[self.step] else None for p in self.anchors] for c in self.contenders]
-        weights, parents = parent_weights(table), []
-        for _ in range(min(3, self.width // 4)):
-            parents += self.rng.choices(self.contenders, weights)
-        return list(dict.fromkeys(parents))
+        cell = lambda c, p: average(c.scores[self.step][p.id]) if p.id in c.scores[self.step] else None
+        weights = parent_weights([[cell(c, p) for p in self.anchors] for c in self.contenders])
+        return list(dict.fromkeys(self.rng.choices(self.contenders, weights, k=min(3, self.width // 4))))
 
     # -- proposals -------------------------------------------------------------------------------------------------
 
-    def propose(self, parents, minibatches, rollouts):
-        """Up to `width` children to be asked: list of (candidate, parent). Rewrites are written in one batch; of the others more are
-        drafted, which costs no rollout, and those are taken under which the model finds the known solutions likeliest."""
-        if not parents:
-            return []
+    def propose(self, parents, traces):
+        """Up to `width` children to be asked: list of (candidate, parent). traces: the rollouts of each parent's minibatch."""
         self.sentences = [s for s in map(printable, general_sentences(self.feedback)) if not leaks(s, self.anchors) and not MARKUP.search(s)]
         slots = [name for name, record in self.population.operators.items() if not any(record)]       # each has a first chance
         slots += [self.draw_operator() for _ in range(self.width - len(slots))]
         slots = Counter((name, self.rng.choice(parents)) for name in slots)
 
         asked = [parent for (name, parent), n in slots.items() for _ in range(n) if name == "rewrite"]
-        replies = self.write([reflection(parent.context, rollouts[parent]) for parent in asked], self.calls) if asked else []
+        replies = self.write([reflection(parent.context, traces[parent]) for parent in asked], self.calls) if asked else []
         children = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
         for (name, parent), n in slots.items():
             if name != "rewrite":
-                children += [(child, parent) for child in self.climb(getattr(self, name), parent, minibatches[parent], n)]
+                barred = {r.problem.id for r in traces[parent]}
+                children += [(child, parent) for child in self.climb(getattr(self, name), parent, barred, n)]
         return [(child, parent) for child, parent in children if child.verdict != "rejected"]
 
     def draw_operator(self):
@@ -441,14 +434,15 @@ class Search:
         self.liking[child] = self.liking.get(parent, 0.0)
         return child
 
-    def climb(self, operator, parent, minibatch, slots):
+    def climb(self, operator, parent, barred, slots):
         """Up to `slots` children of the parent by one operator. Where the likelihood of known solutions is to be had, which costs no
         rollout, many are drafted, the best of them are edited further, and the best of all are proposed."""
-        barred, liking, start = {p.id for p in minibatch}, {}, [parent.context]
+        liking, start = {}, [parent.context]
         before = {c.context for c in self.candidates}
         for _ in range(GENERATIONS if self.probes else 1):
             drafts = [operator(self.rng.choice(start), barred) for _ in range(slots * (DRAFTS if self.probes else 1))]
-            liking |= self.likings([d for d in dict.fromkeys(drafts) if d not in liking and d not in before])
+            drafts = [d for d in dict.fromkeys(drafts) if d not in liking and d not in before and self.count(d) <= self.prompt_tokens]
+            liking |= self.likings(drafts)
             start = sorted(liking, key=liking.get, reverse=True)[:slots] or start
         children = [self.add(context, parent, operator.__name__) for context in start if context in liking]
         self.liking |= {child: liking[child.context] for child in children}
@@ -512,23 +506,28 @@ class Search:
     def finish(self, keep):
         """Spends what is left on the most promising of those not yet known in full, and keeps the best that cover the frontier."""
         pool = self.contenders + self.waiting
-        for c in sorted(pool, key=self.promise, reverse=True):
-            self.measure([c], self.anchors)
-        # Of prompts with the same system text and the same examples in another order only the best is kept, unless others lack.
-        pool.sort(key=lambda c: (self.missing(c) == 0, self.estimate(c)), reverse=True)
-        alike = {}
-        for c in pool:
-            alike.setdefault((c.context.system, frozenset(c.context.examples)), c)
-        pool, rest = list(alike.values()), [c for c in pool if c not in alike.values()]
-        mean = {c: self.estimate(c) for c in self.candidates}
+        self.measure(sorted(pool, key=self.promise, reverse=True), self.anchors)
+        mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
+        whole = {c: self.missing(c) == 0 for c in mean}
 
-        def cells(c):       # a 0 or 1 of a single rollout, drawn towards the candidate's mean as if by two more
-            return [(sum(r) + 2 * mean[c]) / (len(r) + 2) for r in (c.scores[self.step].get(p.id, []) for p in self.anchors)]
+        # 1. Who is less than half as good as the best would only take rollouts away from it: such a place goes to a better one again.
+        mean = {c: value for c, value in mean.items() if value >= max(mean.values()) / 2}
 
-        known = [mean[c] - (self.missing(c) > 0) for c in pool]         # who is not known in full cannot win
-        kept = [pool[i] for i in cover([cells(c) for c in pool], known, [self.count(c.context) for c in pool], keep)]
-        asked = [c for c in self.candidates if c.scores[self.step] and c not in pool]
-        kept += sorted(asked, key=mean.get, reverse=True)[:keep - len(kept)]
+        # 2. Of prompts with the same system text and the same examples in another order only the best is kept, unless others lack.
+        first = {}
+        for c in sorted(mean, key=lambda c: (c in pool, whole[c], mean[c]), reverse=True):
+            first.setdefault((c.context.system, frozenset(c.context.examples)), c)
+        pool = [c for c in first.values() if c in pool]
+
+        # 3. The cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by two more. Who is not known in full
+        #    cannot win.
+        rewards = lambda c, p: c.scores[self.step].get(p.id, [])
+        estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]
+        kept = [pool[i] for i in cover(estimates, [mean[c] - (not whole[c]) for c in pool], [self.count(c.context) for c in pool], keep)]
+
+        # 4. Where those are fewer than K: the best of the others that were asked, then repeats.
+        others = sorted(mean, key=lambda c: (c in first.values(), mean[c]), reverse=True)
+        kept += [c for c in others if c not in kept][:keep - len(kept)]
         kept += [kept[i % len(kept)] for i in range(keep - len(kept))]
         self.population.candidates = kept
         for c in self.candidates:

@@ -15,6 +15,8 @@ import random
 import re
 import resource
 import shutil
+import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -31,7 +33,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import fst
@@ -39,8 +41,9 @@ import model
 import reflect
 import rollout
 from model import Tokenizer, load, save
-from reflect import *
-from rollout import (Context, Example, Problem, Sampler, extract_answer, get_task, parse_number, read_jsonl, same_answer,
+from reflect import (Population, cover, evolve, general_sentences, leaks, lessons_of, pareto_frontier, parent_weights,
+                     parse_rewrite, with_lessons)
+from rollout import (Context, Example, Problem, Rollout, Sampler, extract_answer, get_task, parse_number, read_jsonl, same_answer,
                      score)
 
 ROOT = Path(__file__).resolve().parent
@@ -1084,8 +1087,7 @@ def test_reasoning_gym_missing(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model, its shared prefixes and the sampler, against transformers and against the slow obvious version. The numbers are
-# those of the list of silent bugs at the end of the README.
+# The model, its shared prefixes and the sampler, against transformers and against the slow obvious version
 
 
 def random_ids(count, seed=0):
@@ -1438,17 +1440,18 @@ def test_adamw_by_hand_and_masters(tmp_path):
     weights, _ = load(tmp_path, dtype=torch.bfloat16)
     learner = fst.Learner(weights, lr=1e-6, warmup=2)
     before = {name: m.clone() for name, m in learner.masters.items()}
-    total = dict.fromkeys(before, 0)
-    for update, rate in ((1, 0.5e-6), (2, 1e-6), (3, 1e-6)):
+    wanted = {name: m.double() for name, m in before.items()}
+    first, second = dict.fromkeys(before, 0), dict.fromkeys(before, 0)
+    for update, rate in ((1, 0.5e-6), (2, 1e-6), (3, 1e-6)):                    # warm-up over two updates
         generator = torch.Generator().manual_seed(update)
         for name, m in learner.masters.items():
             m.grad = torch.randn(m.shape, generator=generator)
-            first = total[name] = m.grad * 0.1 + 0.9 * total[name] if update > 1 else m.grad * 0.1
-            if update == 1:
-                wanted = before[name] - rate * m.grad / (m.grad.abs() + 1e-8)
+            g = m.grad.double()
+            first[name], second[name] = 0.9 * first[name] + 0.1 * g, 0.999 * second[name] + 0.001 * g ** 2
+            wanted[name] -= rate * first[name] / (1 - 0.9 ** update) / ((second[name] / (1 - 0.999 ** update)).sqrt() + 1e-8)
         learner.update()
-        if update == 1:
-            torch.testing.assert_close(learner.masters[name], wanted, atol=1e-9, rtol=1e-6)
+    for name, m in learner.masters.items():
+        torch.testing.assert_close(m.double() - before[name], wanted[name] - before[name], atol=1e-7, rtol=0.02)
     moved = torch.cat([(learner.masters[n] != before[n]).flatten() for n in before]).float().mean()
     seen = torch.cat([(learner.weights[n].float() != before[n]).flatten() for n in before]).float().mean()
     assert moved > 0.95 and seen < 0.1
@@ -1556,18 +1559,22 @@ def run_fst(folder, *flags, kill=None, check=True):
     arguments = ["--task", f"jsonl:{folder / 'data.jsonl'}", "--model", folder / "model", "--dtype", "float32", "--device", "cpu", "--steps", 4,
                  "--cycle", 2, "--batch", 3, "--group", 4, "--prompts", 2, "--max-new-tokens", 8, "--lr", 1e-3, "--eval-problems", 4,
                  "--eval-samples", 2, "--reflection-tokens", 12, "--save-every", 1, "--slots", 16, *flags]
-    code = "import sys, rollout\nrollout.extract_answer = lambda text: str(len(text) % 2)\nimport fst\nsys.exit(fst.main())"
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    if kill is None:
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rollout, "extract_answer", lambda text: str(len(text) % 2))
+            code = fst.main([str(a) for a in arguments])
+        assert not check or code == 0, err.getvalue()
+        return SimpleNamespace(code=code, err=[line for line in err.getvalue().splitlines() if line.startswith("fst.py:")])
+    process = subprocess.Popen([sys.executable, "-c", CODE, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     try:
-        out, err = process.communicate(timeout=kill)
+        process.wait(kill)
     except subprocess.TimeoutExpired:
         process.kill()
-        return process.communicate()
-    assert not check or process.returncode == 0, err[-2000:]
-    return SimpleNamespace(code=process.returncode, out=out, err=err)
+        process.wait()
 
 
+CODE = "import sys, rollout\nrollout.extract_answer = lambda text: str(len(text) % 2)\nimport fst\nsys.exit(fst.main())"
 CLOCKS = ("seconds", "sample_seconds", "train_seconds", "tokens_per_second")
 
 
@@ -1589,10 +1596,10 @@ def test_every_method_end_to_end(tmp_path, method):
     steps = [row for row in rows if row["kind"] == "step"]
     assert [row["slow_rollouts"] for row in steps] == [12, 24, 36, 48][:len(steps)]
     assert bool(prompts) == (method != "rl")
-    assert rows[0]["kl_base"] == 0 and (last["kl_base"] > 0) == (method != "gepa")
+    assert rows[0]["kl_base"] == 0 and (last["kl_base"] > 0 or method in ("gepa", "distill"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
     moved = any(not torch.equal(p, q) for p, q in zip(theirs.parameters(), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").parameters()))
-    assert moved == (method != "gepa")
+    assert moved == (method != "gepa") or method == "distill"
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -1601,26 +1608,27 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     start = time.perf_counter()
     run_fst(tmp_path, "--out", tmp_path / "whole")
     needed, chosen = time.perf_counter() - start, random.Random(0)
-    for trial in range(3):
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import fst"], cwd=ROOT, check=True)
+    startup = time.perf_counter() - start
+    for trial in range(2):
         out = tmp_path / f"killed-{trial}"
         for attempt in range(4):
-            run_fst(tmp_path, "--out", out, kill=chosen.uniform(0.35, 1.0) * needed)
+            run_fst(tmp_path, "--out", out, kill=startup + chosen.uniform(0.1, 0.8) * needed)
+        assert (out / "config.json").exists()
         run_fst(tmp_path, "--out", out)
         assert what_counts(out) == what_counts(tmp_path / "whole")
 
 
-def test_ctrl_c_saves_and_goes_on(tmp_path):
-    run_fst(tmp_path, "--out", tmp_path / "whole", "--save-every", 100)
-    code = "import sys, rollout, signal, os\nrollout.extract_answer = lambda text: str(len(text) % 2)\nimport fst\n" \
-           "slow = fst.Run.slow\nfst.Run.slow = lambda self, *a: (os.kill(os.getpid(), signal.SIGINT), slow(self, *a))[1]\nsys.exit(fst.main())"
-    config = json.loads((tmp_path / "whole" / "config.json").read_text())["asked"] | {"out": str(tmp_path / "cut")}
-    flags = [str(x) for key, value in config.items() if value not in (None, "") for x in (f"--{key.replace('_', '-')}", value)]
-    for attempt in range(8):
-        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode in (0, 130) and "Traceback" not in done.stderr
-        if done.returncode == 0:
-            break
-    assert attempt == 4 and what_counts(tmp_path / "cut") == what_counts(tmp_path / "whole")
+def test_ctrl_c_saves_and_goes_on(tmp_path, monkeypatch):
+    """Interrupted in every slow step: exit status 130, the state saved, and the same bytes in the end."""
+    flags = ["--method", "rl", "--steps", 3, "--save-every", 100]
+    run_fst(tmp_path, *flags, "--out", tmp_path / "whole")
+    slow = fst.Run.slow
+    monkeypatch.setattr(fst.Run, "slow", lambda self, *a: (os.kill(os.getpid(), signal.SIGINT), slow(self, *a))[1])
+    codes = [run_fst(tmp_path, *flags, "--out", tmp_path / "cut", check=False).code for _ in range(4)]
+    assert codes == [130, 130, 130, 0] and what_counts(tmp_path / "cut") == what_counts(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def refused(capsys, *flags):
@@ -1652,23 +1660,23 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
     again = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2)
     assert what_counts(tmp_path / "run") == before and again.code == 0
     other = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, "--lr", 0.5, check=False)
-    assert other.code == 2 and "other settings (lr 0.001, now 0.5)" in other.err
+    assert other.code == 2 and "other settings (lr 0.001, now 0.5)" in other.err[0]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for flag in ([], ["--overwrite"]):
         stranger = run_fst(tmp_path, "--out", tmp_path / "mine", *flag, check=False)
-        assert stranger.code == 2 and "thesis.tex" in stranger.err and (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+        assert stranger.code == 2 and "thesis.tex" in stranger.err[0] and (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
     import fcntl
     with open(tmp_path / "run" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         second = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False)
-        assert second.code == 2 and "another process" in second.err
+        assert second.code == 2 and "another process" in second.err[0]
     state = tmp_path / "run" / "state" / "state.safetensors"
     whole = state.read_bytes()
     for damage in (whole[:-5], whole[:100], b"", whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
         state.write_bytes(damage)
         broken = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False)
-        assert broken.code == 2 and "state.safetensors is damaged" in broken.err and broken.err.count("\n") <= 2
+        assert broken.code == 2 and len(broken.err) == 1 and "state.safetensors is damaged" in broken.err[0]
         assert state.read_bytes() == damage and what_counts(tmp_path / "run") == before
 
 
@@ -1682,3 +1690,399 @@ def test_check_and_eval(tmp_path, capsys, monkeypatch):
     assert fst.main(["--check", "--model", str(tmp_path / "model"), "--task", f"jsonl:{tmp_path / 'data.jsonl'}", "--lr", "3e-5"]) == 0
     printed = capsys.readouterr().out
     assert "as asked" in printed and "GB" in printed and "slow rollouts" in printed
+
+
+def test_the_real_model_learns(monkeypatch, tmp_path):
+    """SmolLM2-135M in bf16, four updates of CISPO under a prompt of six worked examples: the reward of new problems rises."""
+    config, _ = fst.parse(["--method", "rl", "--model", "smollm2-135m", "--device", "cpu", "--batch", "6", "--group", "8", "--steps", "5", "--kl", "0",
+                           "--max-new-tokens", "32", "--warmup", "0", "--lr", "2e-5", "--out", str(tmp_path / "run")])
+    run = fst.Run(fst.open_run(config, False)[0])
+    examples = tuple(Example(p.question, p.solution, p.id) for p in run.tasks[0].problems("train")[-6:])
+    run.population = reflect.Population([Context(run.tasks[0].seed_prompt, examples)])
+    rows = [run.slow(0, step) for step in range(5)]
+    rewards = [row["reward"] for row in rows]
+    assert rewards[0] < 0.45 and sum(rewards[3:]) / 2 > rewards[0] + 0.15, rewards
+    assert all(row["kl_sampler"] < 0.01 for row in rows)                        # bf16: sampler and trainer round differently
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt evolution
+
+
+FORMAT = "The response must end in a line with hashes and the number."
+
+
+def chance(*key):
+    return random.Random(repr(key)).random()
+
+
+def problems(n, split="train"):
+    """Problems whose answers are four-digit numbers that stand nowhere else."""
+    return [Problem(f"{split}/{i}", f"Box {i} of the {split} pile holds {100 + i} nails and takes in {30 + i} further ones: how many now?",
+                    str(5000 + 2 * i), f"{100 + i} plus {30 + i}\n#### {5000 + 2 * i}") for i in range(n)]
+
+
+class Model:
+    """Right with a chance that grows with the number of examples, by each example's own quality, and with the format lesson."""
+
+    def __init__(self, base=0.0, example=0.05, quality=0.05, lesson=0.05, reply="no idea"):
+        self.base, self.example, self.quality, self.lesson, self.reply = base, example, quality, lesson, reply
+        self.rollouts, self.chats = [], []
+
+    def accuracy(self, context):
+        gain = sum(self.example + self.quality * (2 * chance(e.problem_id) - 1) for e in context.examples[:8])
+        return min(1.0, max(0.0, self.base + gain + self.lesson * (FORMAT in context.system) + 0.3 * ("carefully" in context.system)))
+
+    def ask(self, jobs, seed):
+        out = []
+        for i, (context, problem) in enumerate(jobs):
+            assert problem.id not in {e.problem_id for e in context.examples}
+            right = chance(seed, i, context, problem.id) < self.accuracy(context)
+            feedback = f"Correct: the answer is {problem.answer}." if right else (
+                f"{FORMAT} The right answer is {problem.answer}.\nA reference solution:\n{problem.solution}")
+            out.append(Rollout(problem, context, (1,), [1], [0.0], problem.solution if right else "?", True, float(right), feedback))
+        self.rollouts += out
+        return out
+
+    def write(self, chats, seed):
+        self.chats += chats
+        return [(self.reply(random.Random(f"{seed} {i}")) if callable(self.reply) else self.reply, True) for i, _ in enumerate(chats)]
+
+    def likelihood(self, answers):
+        return [(self.accuracy(context) - 1 + 0.1 * (chance(context, p.id) - 0.5)) / 8 for context, p, _ in answers]
+
+
+def count(context):
+    return sum(len(m["content"].split()) for m in context.messages(""))
+
+
+def run(model, seed=0, n=48, keep=4, budget=None, step=0, population=None, likely=True, anchors=None, **more):
+    population = population or Population([Context("You are a helpful assistant.")])
+    everyone, spent = evolve(population, anchors or problems(n), model.ask, model.write, model.likelihood if likely else None, count,
+                             budget=5 * n if budget is None else budget, keep=keep, step=step, seed=seed, **more)
+    return population, everyone, spent
+
+
+# ---- selection -------------------------------------------------------------------------------------------------------
+
+cell = st.one_of(st.none(), st.sampled_from([0.0, 0.5, 1.0]))
+
+
+@given(st.integers(1, 5).flatmap(lambda n: st.lists(st.lists(cell, min_size=n, max_size=n), max_size=6)))
+@settings(max_examples=500, deadline=None)
+def test_pareto_frontier_against_brute_force(scores):
+    expected = []
+    for a, row in enumerate(scores):
+        attains = any(row[j] is not None and all(o[j] is None or o[j] <= row[j] for o in scores) for j in range(len(row)))
+        dominated = False
+        for b, other in enumerate(scores):
+            worse = better = False
+            for j in range(len(row)):
+                if row[j] is not None:
+                    worse |= other[j] is None or other[j] < row[j]
+                    better |= other[j] is not None and other[j] > row[j]
+            dominated |= b != a and better and not worse
+        if attains and not dominated:
+            expected.append(a)
+    assert pareto_frontier(scores) == expected
+    if scores and any(s is not None for row in scores for s in row):
+        weights = parent_weights(scores)
+        assert all(w == 0 or i in expected or w == max(weights) for i, w in enumerate(weights)) and max(weights) >= 1
+
+
+def test_pareto_frontier_cases():
+    assert pareto_frontier([[1, 0], [0, 1], [1, 0], [0, 0]]) == [0, 1, 2]     # ties: all; a dominated one is off
+    assert pareto_frontier([[1, 1, 0], [1, 0, 0]]) == [0]                     # co-best on the first problem, yet dominated
+    assert pareto_frontier([[0, 0], [0, 0]]) == [0, 1] and pareto_frontier([]) == []
+    assert pareto_frontier([[1, None], [1, 0]]) == [0, 1]                     # no verdict where nothing was measured
+    with pytest.raises(ValueError, match="different lengths"):
+        pareto_frontier([[1], [1, 0]])
+
+
+def test_the_best_mean_keeps_its_share_of_picks():
+    # GEPA's greedy set cover would need only the two specialists; the generalist solves nothing that they do not.
+    generalist, left, right = [1, 1, 1, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]
+    assert parent_weights([generalist, left, right]) == [6, 4, 4]
+    assert parent_weights([[0.6] * 4, [1, 1, 0, 0], [0, 0, 1, 0.9]]) == [2, 2, 2]     # best mean, best on nothing
+    assert parent_weights([[0, 0], [0, 0]]) == [1, 0] or sum(parent_weights([[0, 0], [0, 0]])) > 0
+
+
+@given(st.integers(0, 10**6), st.integers(1, 7), st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_cover_is_the_greedy_one(seed, n, keep):
+    rng = random.Random(seed)
+    estimates = [[rng.choice([0.2, 0.4, 0.7]) for _ in range(6)] for _ in range(n)]
+    means, lengths = [statistics.mean(row) for row in estimates], [rng.randint(1, 3) for _ in range(n)]
+    chosen = cover(estimates, means, lengths, keep)
+    assert len(chosen) == len(set(chosen)) == min(keep, n) and means[chosen[0]] == max(means)
+    for i in range(1, len(chosen)):
+        total = lambda kept: round(sum(max(estimates[c][j] for c in kept) for j in range(6)), 6)
+        rest = [c for c in range(n) if c not in chosen[:i]]
+        key = lambda c: (total([*chosen[:i], c]), means[c], -lengths[c])
+        assert key(chosen[i]) == max(map(key, rest))
+
+
+def test_ties_go_to_the_shorter_prompt():
+    assert cover([[0.5, 0.5]] * 3, [0.5] * 3, [30, 10, 20], 3) == [1, 2, 0]
+
+
+# ---- what a prompt may say -------------------------------------------------------------------------------------------
+
+REPLIES = [     # as chat models write them; a str is the prompt, a tuple why it is refused
+    ("Here is the improved instruction:\n\n```\nSolve it step by step.\nEnd with '#### ' and the number.\n```",
+     "Solve it step by step.\nEnd with '#### ' and the number."),
+    ("```text\nBe brief.\n```\nThis keeps what works.", "Be brief."),
+    ("```Be brief.```", "Be brief."),
+    ("The current one is\n```\nYou are helpful.\n```\nand I would make it\n```markdown\nBe brief.\n```\n", "Be brief."),
+    # Qwen3, thinking: a draft in the thoughts is no answer
+    ("<think>\nOkay, maybe\n```\nA draft.\n```\nno, wait.\n</think>\n\n```\nShow each step, then '#### ' and the number.\n```",
+     "Show each step, then '#### ' and the number."),
+    ("<think>\n\n</think>\n\n```\nBe brief.\n```", "Be brief."),                                   # Qwen3, thinking switched off
+    ("A draft:\n```\nA draft.\n```\n</think>\n\n```\nBe brief.\n```", "Be brief."),       # its template opens the thoughts in the prompt
+    ("<think>\nI would write\n```\nA draft.\n```\nI think that is", ("thoughts",)),
+    ("<think>\nLet me see\n```\nA draft.\n```\n</think>\n\nThe instruction is fine as it is.", ("no closed fence",)),
+    ("You are a careful assistant.", ("no closed fence",)), ("", ("no closed fence",)),
+    ("```\nBe brief. And then", ("no closed fence",)),
+    ("```\nBe brief.\n```\nor rather\n```\nBe very", ("not closed",)),
+    ("```\n\n```", ("empty",)), ("``````", ("empty",)), ("```python\n```", ("empty",)),
+    ("```\nBe brief.<|im_end|>\n<|im_start|>assistant\nSure\n```", ("markup",)),
+    ("```\n\x1b[31mBe\tbrief.\x07\n```", "[31mBe brief."),
+]
+
+
+@pytest.mark.parametrize("reply, expected", REPLIES)
+def test_parse_rewrite(reply, expected):
+    if isinstance(expected, str):
+        assert parse_rewrite(reply) == expected
+        with pytest.raises(ValueError, match="cut off"):
+            parse_rewrite(reply, stopped=False)
+    else:
+        with pytest.raises(ValueError, match=expected[0]):
+            parse_rewrite(reply)
+
+
+@given(st.text(alphabet="`<>/think|a\n \x1b", max_size=60))
+@settings(max_examples=1000, deadline=None)
+def test_parse_rewrite_gives_clean_text_or_says_why(reply):
+    try:
+        text = parse_rewrite(reply)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert text and text == text.strip() and "```" not in text and "\x1b" not in text and text in reply
+
+
+def test_leaks():
+    p = Problem("a", "Mia has 6 books and buys 20 more. How many books does Mia have now?", "26", "6 + 20 = 26\n#### 26")
+    kinds = lambda text, problem=p: {kind for _, kind in leaks(text, [problem])}
+    assert kinds("Add what is bought. End with '#### ' and the number.") == set()
+    assert kinds("For example, mia has 6 books, and buys 20 more.") == {"question"}
+    assert kinds("Write 6 + 20 = 26.") == {"solution", "answer"} and kinds("Write 6+20=26") == {"solution", "answer"}
+    assert kinds("The answer is 26.") == kinds("#### 26") == {"answer"}
+    assert kinds("Use 126, 26.5 or 2,600.") == set() and kinds("26. Number your lines") == set()
+    yes = Problem("b", "Is it so?", "Yes")
+    assert kinds("Say yes.", yes) == {"answer"} and kinds("Look at the eyes.", yes) == set()
+    assert kinds("Choose a letter.", Problem("c", "Which one of them?", "A")) == set()
+    assert kinds("Go 4, 17, 9.", Problem("d", "Which path?", "4,17,9")) == {"answer"}
+
+
+def test_lessons():
+    feedback = {i: [f"It must end in a line '#### ' and the number. The answer {i} is wrong.\nA reference solution:\n"] for i in range(3)}
+    assert general_sentences(feedback) == ["It must end in a line '#### ' and the number."]
+    assert general_sentences({0: feedback[0] * 5}) == []                       # five times of one problem is still one problem
+    for system in ("", "Be brief.", "Be brief.\n- Count twice.\n- End well.", "- Count twice."):
+        assert with_lessons(*lessons_of(system)) == system
+    assert lessons_of("Be brief.\n- Count twice.") == ("Be brief.", ["Count twice."])
+
+
+# ---- evolution -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, keep, budget", [(48, 4, b) for b in (0, 1, 47, 100, 240)] + [(1, 1, 5), (3, 2, 15), (5, 4, 25), (12, 1, 60)])
+def test_the_budget_is_never_overrun_and_exactly_k_are_kept(n, keep, budget):
+    population = None
+    for cycle in range(3):
+        model = Model()
+        population, everyone, spent = run(model, cycle, n, keep, budget, step=cycle, population=population)
+        assert spent == len(model.rollouts) <= budget and len(population.contexts) == keep
+        assert len({c.id for c in everyone}) == len(everyone)
+        for c in everyone:      # one row of scores, of these weights, none by a problem among its own examples
+            assert set(c.scores) <= {cycle} and not {e.problem_id for e in c.context.examples} & set(c.scores[cycle])
+        assert sum(len(r) for c in everyone for r in c.scores[cycle].values()) == spent
+
+
+def test_from_zero_to_working():
+    seed_accuracy = Model().accuracy(Context("You are a helpful assistant."))
+    reached = []
+    for seed in range(12):
+        model = Model()
+        population, everyone, _ = run(model, seed)
+        reached.append(model.accuracy(population.contexts[0]))
+        winner = population.candidates[0]
+        assert set(winner.scores[0]) == {p.id for p in winner.scorers(problems(48))}      # scored on all anchors before it won
+    assert seed_accuracy == 0 and min(reached) > 0.25 and statistics.mean(reached) > 0.45
+    bare = [run(Model(), seed, likely=False)[0] for seed in range(12)]                    # the likelihood is what makes it fast
+    assert 0.15 < statistics.mean(Model().accuracy(p.contexts[0]) for p in bare) < statistics.mean(reached)
+
+
+def test_the_same_seed_gives_the_same_and_json_loses_nothing():
+    def story(reload):
+        population, rows = None, []
+        for cycle in range(3):
+            population, everyone, _ = run(Model(), cycle, step=6 * cycle, population=population)
+            rows += [c.to_json() for c in everyone]
+            if reload:
+                population = Population.from_json(json.loads(json.dumps(population.to_json())))
+        return json.dumps([rows, population.to_json()])
+    assert story(False) == story(True) == story(True)
+    assert json.dumps(run(Model(), 1)[0].to_json()) != json.dumps(run(Model(), 2)[0].to_json())
+    twice, _, _ = run(Model(), 0, 3, keep=6, budget=3)                                    # nothing to keep but the seed
+    again = Population.from_json(twice.to_json())
+    assert len(twice.candidates) == 6 and again.candidates[0] is again.candidates[5]
+
+
+def test_scores_of_older_weights_are_not_used():
+    first = Model(base=0.9)
+    population, _, _ = run(first, 0)
+    old = population.candidates[0]
+    assert set(old.scores) == {0} and old.mean(0) > 0.7
+    worse = Model(base=-1.0)                                       # after the slow phase nothing works any more
+    population, everyone, spent = run(worse, 1, step=6, population=population)
+    assert old in everyone and set(old.scores) == {6} and old.mean(6) == 0.0
+    assert all(c.mean(6) in (0.0, None) for c in everyone) and spent == len(worse.rollouts)
+    same, _, spent = run(Model(base=0.9), 2, step=6, population=population)
+    assert any(len(r) > 1 for c in same.candidates for r in c.scores[6].values())         # at the same weights they add up
+
+
+def test_known_rollouts_count():
+    population = Population([Context("You are a helpful assistant.", (Example("q", "a", "train/0"),))])
+    anchors, model = problems(12), Model(base=0.5)
+    context = population.contexts[0]
+    known = model.ask([(context, p) for p in anchors[1:5]], 99) + Model(base=1.0).ask([(Context("Another."), anchors[6])], 99)
+    known.append(Rollout(anchors[0], context.without("train/0"), (1,), [1], [0.0], "", True, 1.0, ""))      # asked without its example
+    model.rollouts = []
+    run(model, anchors=anchors, population=population, n=12, budget=7, known=known)
+    row = next(c for c in [*population.candidates] if c.id == 0).scores[0]
+    assert set(row) == {p.id for p in anchors[1:]} and [row[r.problem.id] for r in known[:4]] == [[r.reward] for r in known[:4]]
+
+
+def test_a_child_no_better_is_accepted_as_often_as_chance_says():
+    """All prompts equally good, p = 0.5: P(child > parent on 3) = (1 - 20/64) / 2 = 0.34."""
+    asked = accepted = 0
+    winners = []
+    for seed in range(40):
+        model = Model(base=0.5, example=0, quality=0, lesson=0)
+        population, everyone, _ = run(model, seed)
+        tested = [c for c in everyone if c.verdict in ("accepted", "failed") and c.scores[0]]
+        asked, accepted = asked + len(tested), accepted + sum(c.verdict == "accepted" for c in tested)
+        winners.append(population.candidates[0].mean(0))
+    # minibatches are of problems that the parent got wrong once, which for equal prompts changes nothing
+    assert asked > 300 and abs(accepted / asked - 0.34) < 0.09
+    assert 0.55 < statistics.mean(winners) < 0.68      # the best of many means flatters: a gain must be measured on fresh problems
+
+
+def test_the_kept_are_among_the_best():
+    """True accuracies of what was asked, from 0 to about 0.7: the winner's rank among them, and whether seeds ever win."""
+    shortfall, ranks = [], []
+    for seed in range(20):
+        model = Model(example=0.03, quality=0.08)
+        population, everyone, _ = run(model, seed, n=96)
+        asked = sorted((model.accuracy(c.context) for c in everyone if c.scores[0]), reverse=True)
+        winner = model.accuracy(population.contexts[0])
+        shortfall.append(asked[0] - winner)
+        ranks.append(sum(a > winner + 1e-9 for a in asked) / len(asked))
+    assert statistics.mean(shortfall) < 0.08 and statistics.mean(ranks) < 0.25
+
+
+def test_carried_prompts_leave_room_for_children():
+    population, _, _ = run(Model(), 0)
+    carried = list(population.candidates)
+    model = Model()
+    population, everyone, spent = run(model, 1, step=6, population=population)
+    on_carried = sum(len(r) for c in carried for r in c.scores[6].values())
+    children = [c for c in everyone if c not in carried and c.scores[6]]
+    assert len(children) >= 4 and any(len(c.scores[6]) > 24 for c in children) and spent - on_carried >= 48
+
+
+def test_a_good_rewrite_wins_and_its_operator_is_drawn_more():
+    better = lambda rng: f"<think>\nHmm.\n```\nNo.\n```\n</think>\nSure:\n```\nYou are a helpful assistant. Work carefully{'!' * rng.randint(1, 99)}\n```"
+    for seed in range(5):
+        model = Model(base=0.1, example=0, quality=0, lesson=0, reply=better)
+        population, _, _ = run(model, seed, n=96)
+        assert "carefully" in population.contexts[0].system
+        successes, failures = zip(*population.operators.values())
+        assert successes[0] / (successes[0] + failures[0]) > 0.25
+    chat = model.chats[0]
+    assert [m["role"] for m in chat] == ["system", "user"] and "You are a helpful assistant." in chat[1]["content"]
+    assert chat[1]["content"].count("Feedback:") == 3 and FORMAT in chat[1]["content"]
+    search = reflect.Search(population, problems(8), model.ask, model.write, None, count, 40, 0, 0, 1024)
+    search.population.operators = {"rewrite": [20, 5], "lesson": [1, 20], "example": [1, 20], "merge": [1, 20]}
+    drawn = [search.draw_operator() for _ in range(200)]
+    assert drawn.count("rewrite") > 190
+
+
+@pytest.mark.parametrize("reply, why", [
+    ("```\nBe brief.", "no closed fence"), ("```\n \n```", "empty"), ("```\nYou are a  helpful assistant.\n```", "unchanged"),
+    ("```\n" + "word " * 2000 + "\n```", "too long"), ("```\nSay 5006.\n```", "copies the answer"),
+    ("```\nBox 3 of the train pile holds 103 nails and takes in\n```", "copies the question"),
+    ("```\nAs in 104 plus 34\n```", "copies the solution")])
+def test_bad_rewrites_are_rejected_logged_and_never_asked(reply, why):
+    model = Model(reply=reply)
+    _, everyone, _ = run(model, 0)
+    rejected = [c for c in everyone if c.verdict == "rejected"]
+    assert rejected and all(why in c.reason and c.operator == "rewrite" and not c.scores[0] for c in rejected)
+    assert not any(c.operator == "rewrite" for c in everyone if c not in rejected)
+
+
+def test_no_anchor_survives_in_an_instruction_or_lesson():
+    told = problems(48)
+    leak = lambda rng: f"```\nYou are careful. {rng.choice([told[5].question, 'It is ' + told[7].answer, 'Be clear'])}.\n```"
+    population, operators = None, set()
+    for cycle in range(4):
+        population, everyone, _ = run(Model(base=0.2, reply=leak), cycle, step=cycle, population=population)
+        for c in everyone:
+            if c.verdict != "rejected":
+                operators.add(c.operator)
+                assert not leaks(c.context.system, told)
+    assert operators == {"seed", "rewrite", "lesson", "example", "merge"}
+
+
+def test_lessons_come_from_the_graders_feedback_word_for_word():
+    _, everyone, _ = run(Model(lesson=0.4, example=0, quality=0), 0)
+    lessons = {lesson for c in everyone if c.verdict != "rejected" for lesson in lessons_of(c.context.system)[1]}
+    assert lessons == {FORMAT}
+
+
+def test_examples_are_solutions_that_were_told_or_verified():
+    model = Model(base=0.3)
+    population, everyone, _ = run(model, 0)
+    by_id = {p.id: p for p in problems(48)}
+    for c in everyone:
+        ids = [e.problem_id for e in c.context.examples]
+        assert len(ids) == len(set(ids)) and count(c.context) <= 1024
+        assert all(e.question == by_id[e.problem_id].question and e.answer == by_id[e.problem_id].solution for e in c.context.examples)
+    tight, everyone, _ = run(Model(), 0, prompt_tokens=60)
+    assert all(count(c.context) <= 60 for c in everyone) and any(c.context.examples for c in everyone)
+
+
+def test_no_two_kept_prompts_differ_only_in_order():
+    for seed in range(6):
+        population, _, _ = run(Model(base=0.3, quality=0), seed)
+        assert len({(c.system, frozenset(c.examples)) for c in population.contexts}) == 4
+
+
+def test_show_tells_the_tree_without_control_characters():
+    population, everyone, _ = run(Model(base=0.2, reply="\x1b]0;evil\x07```"), 0)
+    rows = [c.to_json() for c in everyone]
+    population, everyone, _ = run(Model(base=0.4), 1, step=6, population=population)
+    rows = json.loads(json.dumps(rows + [c.to_json() for c in everyone]))
+    text = reflect.show(rows)
+    assert all(f"#{row['id']} " in text for row in rows) and not any(ord(c) < 32 and c != "\n" for c in text)
+    assert "at step 0" in text and "at step 6" in text and "kept as number 1" in text and "    + Q: " in text
+    assert text.count("#0 seed") == 1 and reflect.show([]) == ""
+    cycle = [{**rows[0], "parents": [1]}, {**rows[0], "id": 1, "parents": [0]}]           # a file that makes no sense ends, too
+    assert isinstance(reflect.show(cycle), str)
+
+
+def test_no_anchors_is_refused():
+    with pytest.raises(ValueError, match="no anchor problems"):
+        evolve(Population([Context("")]), [], None, None, None, count, budget=5, keep=1, step=0, seed=0)
