@@ -80,8 +80,8 @@ class Config:
     # slow weights
     loss: str = setting("cispo", f"one of {', '.join(LOSSES)}", "paper")
     cap: float = setting(4.0, "CISPO's cap on the importance weight", "paper")
-    lr: float = setting(2e-5, "AdamW's learning rate", "paper: not known; SmolLM2 learns well at it, larger models want less")
-    warmup: int = setting(10, "updates of linear warm-up", "paper")
+    lr: float = setting(4e-5, "AdamW's learning rate", "paper: not known; SmolLM2 learns well at it, larger models want less")
+    warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
     micro_batch: int = setting(None, "tokens in one forward and backward pass", "ours by device")
     # fast weights
@@ -116,11 +116,12 @@ def resolve(config):
     for field, value in dict(
             steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=48 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
-            micro_batch=2048 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
+            micro_batch=1024 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
             prompt_tokens=(320 if plain else 1024) if cpu else 2048, reflection_tokens=160 if cpu else 1024).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
+    c.warmup = min(10, c.steps // 4) if c.warmup is None else c.warmup
     c.model, c.why_model = choose_model(c) if c.model == "auto" else (c.model, "as asked")
     c.out = c.out or f"runs/{c.task.replace(':', '-').replace('/', '-').replace(',', '+')}-{c.method}-{c.seed}"
     for field in ("steps", "cycle", "batch", "group", "prompts", "max_new_tokens", "slots", "cap", "lr", "micro_batch", "level",

@@ -30,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +261,10 @@ class Layout:
             if shared.shape[1]:
                 mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
                 prefix = take(k, shared).transpose(1, 2), take(v, shared).transpose(1, 2), mask[:, None, None, None]
-            outputs.append(attention(take(q, rows), own(k), own(v), future.repeat(q.shape[1] // k.shape[1], 1), prefix).flatten(0, 2))
+            arguments = take(q, rows), own(k), own(v), future.repeat(q.shape[1] // k.shape[1], 1), prefix
+            # with gradient, the scores are not kept but computed again: they are most of what a layer would hold
+            out = checkpoint(attention, *arguments, use_reentrant=False) if q.requires_grad else attention(*arguments)
+            outputs.append(out.flatten(0, 2))
         return torch.cat(outputs).index_select(0, self.place)                                                 # [tokens, heads * head_dim]
 
 
