@@ -104,7 +104,7 @@ def resolve(config):
     for name in names:
         if name.partition(":")[0] not in TASKS:
             raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
-    for field, known in (("method", METHODS), ("loss", LOSSES), ("reflector", ("self", "base")), ("dtype", ("auto", "float32", "bfloat16"))):
+    for field, known in dict(method=METHODS, loss=LOSSES, reflector=("self", "base"), dtype=("auto", "float32", "bfloat16")).items():
         if getattr(c, field) not in known:
             raise ValueError(f"unknown --{field} {getattr(c, field)!r}: known are {', '.join(known)}")
     if c.device == "auto":
@@ -134,7 +134,8 @@ def resolve(config):
     if c.temperature == 0:
         raise ValueError("--temperature 0 gives every rollout of a group the same text, from which nothing can be learnt")
     if c.method != "rl" and c.group % c.prompts:
-        raise ValueError(f"each of the {c.prompts} prompts gets an equal share of a group: --group {c.group} must be a multiple of it")
+        raise ValueError(f"each of the {c.prompts} prompts gets an equal share of a group: "
+                         f"--group {c.group} must be a multiple of --prompts {c.prompts}")
     if c.method != "rl" and c.passes < 1:
         raise ValueError(f"--passes {c.passes} does not even measure one prompt on the cycle's problems: it must be at least 1")
     return c
@@ -371,19 +372,22 @@ class Run:
         tokens = sum(len(r.tokens) for r in rollouts)
         self.spent["slow_rollouts"] += len(rollouts)
         self.spent["slow_tokens"] += tokens
-        self.journal("rollouts.jsonl", *[{"task": self.tasks[task].name, "step": step, "problem": r.problem.id, "text": r.text, "reward": r.reward,
-                                          "feedback": r.feedback, "stopped": r.stopped} for r in rollouts[::c.group]])
+        self.journal("rollouts.jsonl", *[{"task": self.tasks[task].name, "step": step, "problem": r.problem.id, "text": r.text,
+                                          "reward": r.reward, "feedback": r.feedback, "stopped": r.stopped}
+                                         for r in rollouts[::c.group]])
         return {"kind": "step", "task": self.tasks[task].name, "step": self.steps_done() + 1, "reward": rewards.mean().item(),
                 "flat": (rewards == rewards[:, :1]).all(1).float().mean().item(),
-                "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts), **row, **self.spent,
+                "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts),
+                **row, **self.spent,
                 "sample_seconds": sampled - start, "train_seconds": time.perf_counter() - sampled,
                 "tokens_per_second": tokens / (sampled - start)}
 
     def reinforce(self, rollouts, rewards):
         c = self.config
         scaled = advantages(rewards) if c.loss != "dr_grpo" else rewards - rewards.mean(1, keepdim=True)
-        live = [i for i, a in enumerate(scaled.flatten().tolist()) if scaled[i // c.group].any()]     # flat groups are dropped
-        lengths = [[len(rollouts[g * c.group + i].tokens) for i in range(c.group)] for g in range(len(rewards)) if scaled[g].any()]
+        groups = [g for g in range(len(rewards)) if scaled[g].any()]              # flat groups are dropped
+        live = [g * c.group + i for g in groups for i in range(c.group)]
+        lengths = [[len(rollouts[g * c.group + i].tokens) for i in range(c.group)] for g in groups]
         weights = [w for group in token_weights(c.loss, lengths, c.max_new_tokens) for w in group]
         rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in live]
         reference = score_all(self.base, rows, c.temperature, c.micro_batch) if c.kl else None
@@ -405,7 +409,8 @@ class Run:
         weights under an evolved prompt, held still for this step."""
         c = self.config
         rows = [(r.prompt, r.tokens) for r in rollouts]
-        prompted = [(tuple(self.tokenizer.chat(t.without(r.problem.id).messages(r.problem.question))), r.tokens) for t, r in zip(teachers, rollouts)]
+        prompt = lambda context, problem: tuple(self.tokenizer.chat(context.without(problem.id).messages(problem.question)))
+        prompted = [(prompt(teacher, r.problem), r.tokens) for teacher, r in zip(teachers, rollouts)]
         reference = score_all(self.model, prompted, c.temperature, c.micro_batch)
         total = sum(len(r.tokens) for r in rollouts)
         return self.descend(rows, lambda logprobs, k: ((logprobs - reference[k]) ** 2).sum() / 2 / total,
@@ -454,7 +459,8 @@ class Run:
 
         def ask_all(jobs, seed):
             nonlocal tokens
-            rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, 3, cycle, seed), "evolve")
+            rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature,
+                           (c.seed, task, 3, cycle, seed), "evolve")
             tokens += sum(len(r.tokens) for r in rollouts)
             return rollouts
 
@@ -467,21 +473,23 @@ class Run:
             return [(self.tokenizer.decode(r.tokens[:len(r.tokens) - r.stopped]), r.stopped) for r in replies]
 
         def likelihood(answers):
-            rows = [(tuple(self.tokenizer.chat(context.messages(problem.question))), [*self.tokenizer.encode(text), self.tokenizer.stop_ids[0]])
-                    for context, problem, text in answers]
+            rows = [(tuple(self.tokenizer.chat(context.messages(problem.question))),
+                     [*self.tokenizer.encode(text), self.tokenizer.stop_ids[0]]) for context, problem, text in answers]
             return [logprobs.mean().item() for logprobs in score_all(self.model, rows, 1.0, c.micro_batch)]
 
         count = lambda context: len(self.tokenizer.chat(context.messages("")))
         weights = self.learner.updates if self.learner else 0
-        everyone, spent = reflect.evolve(self.population, anchors, ask_all, write, likelihood, count, budget=int(c.passes * len(anchors)),
-                                         keep=c.prompts, step=weights, seed=f"{c.seed} {task} {cycle}", prompt_tokens=c.prompt_tokens)
+        everyone, spent = reflect.evolve(
+            self.population, anchors, ask_all, write, likelihood, count, budget=int(c.passes * len(anchors)), keep=c.prompts,
+            step=weights, seed=f"{c.seed} {task} {cycle}", prompt_tokens=c.prompt_tokens)
         self.spent["fast_rollouts"] += spent
         self.spent["fast_tokens"] += tokens
-        self.journal("prompts.jsonl", *[{"task": self.tasks[task].name, "cycle": cycle, "kept": x in self.population.candidates, **x.to_json()} for x in everyone])
-        best = self.population.candidates[0]
+        kept = self.population.candidates
+        self.journal("prompts.jsonl", *[{"task": self.tasks[task].name, "cycle": cycle, "kept": x in kept, **x.to_json()}
+                                        for x in everyone])
         return {"kind": "fast", "task": self.tasks[task].name, "cycle": cycle, "weights": weights, "candidates": len(everyone),
-                "accepted": sum(x.verdict.startswith("accepted") for x in everyone), "rollouts_used": spent, "best": best.mean(weights),
-                "kept": [x.id for x in self.population.candidates], "prompt_tokens": [count(x.context) for x in self.population.candidates],
+                "accepted": sum(x.verdict == "accepted" for x in everyone), "rollouts_used": spent,
+                "best": kept[0].mean(weights), "kept": [x.id for x in kept], "prompt_tokens": [count(x.context) for x in kept],
                 **self.spent, "seconds": time.perf_counter() - start}
 
     # -- measuring -------------------------------------------------------------------------------------------------
@@ -512,20 +520,21 @@ class Run:
             size = len(problems)
             for name, context in contexts.items():
                 at = distinct.index(context)
-                right = [r.reward for r in greedy[at * size:(at + 1) * size]]
-                means = np.array([r.reward for r in drawn[at * size * c.eval_samples:(at + 1) * size * c.eval_samples]]).reshape(size, -1).mean(1)
-                row[f"{prefix}{name}greedy"], row[f"{prefix}{name}greedy_interval"] = float(np.mean(right)), wilson(sum(right), size)
+                rewards = lambda rollouts: np.array([r.reward for r in rollouts]).reshape(len(distinct), size, -1)[at].mean(1)
+                right, means = rewards(greedy), rewards(drawn)                                # [problems]
                 spread = 1.96 * means.std() / math.sqrt(size)
-                row[f"{prefix}{name}mean"] = float(means.mean())
-                row[f"{prefix}{name}mean_interval"] = [float(max(0, means.mean() - spread)), float(min(1, means.mean() + spread))]
+                row[f"{prefix}{name}greedy"], row[f"{prefix}{name}greedy_interval"] = right.mean(), wilson(right.sum(), size)
+                row[f"{prefix}{name}mean"] = means.mean()
+                row[f"{prefix}{name}mean_interval"] = [max(0.0, means.mean() - spread), min(1.0, means.mean() + spread)]
             if model is self.model:
                 rows = [(r.prompt, r.tokens) for r in drawn[::2 * c.eval_samples]]     # one answer to every second problem
                 ours, base = (torch.cat(score_all(m, rows, 1.0, c.micro_batch)) for m in (self.model, self.base))
                 row["kl_base"] = kl_k3(ours, base).mean().item()
         row["seconds"] = time.perf_counter() - start
         self.journal("metrics.jsonl", row)
-        say(f"eval  step {row['step']:4d}  {row['task']} {split}, {size} problems: best prompt {row['greedy']:.1%} greedy, {row['mean']:.1%} sampled; "
-            f"seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; KL to base {row.get('kl_base', math.nan):.4f}  ({row['seconds']:.0f} s)")
+        say(f"eval  step {row['step']:4d}  {row['task']} {split}, {size} problems: best prompt {row['greedy']:.1%} greedy, "
+            f"{row['mean']:.1%} sampled; seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; "
+            f"KL to base {row['kl_base']:.4f}  ({row['seconds']:.0f} s)")
         return row
 
     # -- the folder ------------------------------------------------------------------------------------------------
@@ -568,7 +577,7 @@ class Run:
         self.population = reflect.Population.from_json(state["population"])
         for name, size in state["journals"].items():
             if (self.folder / name).stat().st_size < size:
-                raise ValueError(f"{self.folder / name} is shorter than the saved state says: it was damaged; start anew with --overwrite")
+                raise ValueError(f"{self.folder / name} is shorter than the saved state says: start anew with --overwrite")
             os.truncate(self.folder / name, size)
 
     def go(self):
@@ -659,8 +668,10 @@ def table(row):
 
 def describe(row):
     if row["kind"] == "step":
-        return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  length {row['length']:.0f}  "
-                f"entropy {row.get('entropy', math.nan):.2f}  KL base {row.get('kl_reference', math.nan):.4f}  |grad| {row.get('gradient_norm', math.nan):.2f}  "
+        value = lambda key: row.get(key, math.nan)        # a batch without signal has none of these
+        return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  "
+                f"length {row['length']:.0f}  entropy {value('entropy'):.2f}  KL base {value('kl_reference'):.4f}  "
+                f"|grad| {value('gradient_norm'):.2f}  "
                 f"{row['tokens_per_second']:.0f} tok/s  {row['sample_seconds']:.0f}+{row['train_seconds']:.0f} s")
     return (f"fast {row['cycle']:5d}  {row['candidates']} candidates, {row['accepted']} accepted, {row['rollouts_used']} rollouts; "
             f"best prompt {row['best']:.1%} of the anchors, kept {row['kept']}  {row['seconds']:.0f} s")
@@ -718,7 +729,8 @@ def parse(argv):
     for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
         kind = {str: str, int: int, float: float}[field.type]
         default = "by device and task" if field.default is None else field.default
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=f"{field.metadata['help']} [{default}]".replace("%", "%%"))
+        text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds and start anew")
     parser.add_argument("--check", action="store_true", help="say what would run, and what it takes, and stop")
     parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test problems")
@@ -754,7 +766,8 @@ def open_run(config, overwrite):
     if (folder / "config.json").exists() and not overwrite:
         stored = stored_config(folder)
         if stored["asked"] != asked:
-            other = ", ".join(f"{key} {stored['asked'].get(key)!r}, now {value!r}" for key, value in asked.items() if stored["asked"].get(key) != value)
+            other = ", ".join(f"{key} {stored['asked'].get(key)!r}, now {value!r}" for key, value in asked.items()
+                              if stored["asked"].get(key) != value)
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or --overwrite to start anew")
         return Config(**stored["resolved"]), lock
     strangers = {p.name for p in folder.iterdir()} - {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS}
@@ -788,7 +801,8 @@ def check(config):
     cache = c.slots * (c.max_new_tokens + 256) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * width
     optimizer = 0 if c.method == "gepa" else 16 * weights                 # fp32 master, gradient and two moments
     print(f"\n{slow} slow rollouts + at most {fast} fast ones, at most {c.max_new_tokens} tokens each, and the evaluations'")
-    print(f"memory about {(2 * width * weights + optimizer + max(activations, cache)) / 1e9:.1f} GB: weights twice {2 * width * weights / 1e9:.2f}, optimizer {optimizer / 1e9:.2f}, "
+    print(f"memory about {(2 * width * weights + optimizer + max(activations, cache)) / 1e9:.1f} GB: "
+          f"weights twice {2 * width * weights / 1e9:.2f}, optimizer {optimizer / 1e9:.2f}, "
           f"activations {activations / 1e9:.2f} or cache {cache / 1e9:.2f}")
     if c.device == "cpu":
         rate = 2 * 1024 * 512 * 1024 / min(seconds.values())
@@ -807,7 +821,8 @@ def evaluate_folder(folder):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     run = Run(dataclasses.replace(c, method="gepa"))                      # no optimizer is needed
-    run.model, run.population, run.journal = load(str(Path(folder) / "checkpoint"), c.device, getattr(torch, c.dtype))[0], population, lambda *_: None
+    run.model, _ = load(str(Path(folder) / "checkpoint"), c.device, getattr(torch, c.dtype))
+    run.population, run.journal = population, lambda *_: None
     for task in range(len(run.tasks)):
         say(table(run.evaluate(task, "test", 2 * c.eval_problems, {"base_": run.base, "": run.model})))
 
@@ -831,7 +846,8 @@ def main(argv=None):
             with lock:
                 run = Run(resolved)
                 signal.signal(signal.SIGINT, run.interrupt)
-                say(f"{resolved.method} of {resolved.model} ({resolved.why_model}) on {resolved.task}, {resolved.device} {resolved.dtype}: {resolved.out}")
+                say(f"{resolved.method} of {resolved.model} ({resolved.why_model}) on {resolved.task}, "
+                    f"{resolved.device} {resolved.dtype}: {resolved.out}")
                 return 0 if run.go() else 130
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"fst.py: {error}", file=sys.stderr)

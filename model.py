@@ -265,7 +265,7 @@ class Layout:
             # with gradient, the scores are not kept but computed again: they are most of what a layer would hold
             out = checkpoint(attention, *arguments, use_reentrant=False) if q.requires_grad else attention(*arguments)
             outputs.append(out.flatten(0, 2))
-        return torch.cat(outputs).index_select(0, self.place)                                                 # [tokens, heads * head_dim]
+        return torch.cat(outputs).index_select(0, self.place)                                 # [tokens, heads * head_dim]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
