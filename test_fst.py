@@ -693,6 +693,7 @@ def test_splits_are_full_and_disjoint(name, level):
 
 DIGESTS = {"arithmetic": "8b360985f390e83d", "star": "4a3b9d7c20f01673", "codeio": "197b767b23b68535"}
 PRINT_DIGESTS = """
+import hashlib, {module} as rollout
 for name in ("arithmetic", "star", "codeio"):
     task = rollout.get_task(name, 2)
     text = repr([[tuple(vars(p).values()) for p in task.problems(split)] for split in ("train", "val", "test")])
