@@ -243,7 +243,7 @@ def reflection(context, rollouts):
 def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, step, seed, prompt_tokens=1024, known=()):
     """Evolves `population` in place on `anchors`, with at most `budget` rollouts. Returns every candidate that was looked at,
     carried ones first, and the number of rollouts spent. The population then holds exactly `keep` prompts, best first; one is
-    repeated only where there are no others.
+    repeated only where there are no others at least half as good.
 
     ask([(Context, Problem)], seed) -> [Rollout]                        all in one batch
     write([messages], seed) -> [(text, stopped)]                        the reflector
@@ -513,7 +513,7 @@ class Search:
         # 1. Who is less than half as good as the best would only take rollouts away from it: such a place goes to a better one again.
         mean = {c: value for c, value in mean.items() if value >= max(mean.values()) / 2}
 
-        # 2. Of prompts with the same system text and the same examples in another order only the best is kept, unless others lack.
+        # 2. Of prompts with the same system text and the same examples in another order only the best is kept.
         first = {}
         for c in sorted(mean, key=lambda c: (c in pool, whole[c], mean[c]), reverse=True):
             first.setdefault((c.context.system, frozenset(c.context.examples)), c)
@@ -526,7 +526,7 @@ class Search:
         kept = [pool[i] for i in cover(estimates, [mean[c] - (not whole[c]) for c in pool], [self.count(c.context) for c in pool], keep)]
 
         # 4. Where those are fewer than K: the best of the others that were asked, then repeats.
-        others = sorted(mean, key=lambda c: (c in first.values(), mean[c]), reverse=True)
+        others = sorted(first.values(), key=mean.get, reverse=True)
         kept += [c for c in others if c not in kept][:keep - len(kept)]
         kept += [kept[i % len(kept)] for i in range(keep - len(kept))]
         self.population.candidates = kept
