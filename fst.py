@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import reflect
 from model import load, replace_file, save
-from rollout import TASKS, Context, Sampler, ask, get_task, score
+from rollout import TASKS, Context, Sampler, ask, get_task, score, share
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration: one flag per field
@@ -116,7 +116,7 @@ def resolve(config):
     for field, value in dict(
             steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=48 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
-            micro_batch=1024 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
+            micro_batch=1536 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
             prompt_tokens=(320 if plain else 1024) if cpu else 2048, reflection_tokens=160 if cpu else 1024).items():
         if getattr(c, field) is None:
@@ -269,18 +269,24 @@ class Learner:
 
 
 def micro_batches(rows, limit):
-    """Indices of rows (prompt, tokens), sorted so that common prefixes stand together, in batches of about `limit` tokens."""
-    order = sorted(range(len(rows)), key=lambda i: (tuple(rows[i][0]), len(rows[i][1])))
-    batches, size, previous = [], limit, ()
-    for i in order:
-        prompt, tokens = rows[i]
-        fresh = len(prompt) - len(os.path.commonprefix([previous, prompt])) + len(tokens)
-        if size + fresh > limit and (not batches or batches[-1]):
-            batches.append([])
-            size, fresh = 0, len(prompt) + len(tokens)
-        batches[-1].append(i)
-        size, previous = size + fresh, prompt
-    return batches
+    """Indices of rows (prompt, tokens) in batches of about `limit` tokens. Rows under one context stay together while they fit, so that
+    its tokens are run once; where they do not, they are split evenly."""
+    under = {tuple(prompt): [] for prompt, _ in sorted(rows, key=lambda row: tuple(row[0]))}
+    for i, (prompt, _) in enumerate(rows):
+        under[tuple(prompt)].append(i)
+    prompts, batches, room = list(under), [], 0
+    for start, stop, prefix in share(prompts):
+        costs = [(i, len(rows[i][1]) + (len(prompt) - prefix) * (n == 0)) for prompt in prompts[start:stop]
+                 for n, i in enumerate(sorted(under[prompt], key=lambda i: len(rows[i][1])))]
+        total = sum(cost for _, cost in costs)
+        pieces = math.ceil(total / max(limit - prefix, 1)) if prefix + total > room else 0    # 0: into the last batch
+        batches += [[] for _ in range(pieces)]
+        done = 0
+        for i, cost in costs:
+            batches[done * pieces // total - pieces if pieces else -1].append(i)
+            done += cost
+        room = limit - prefix - total // pieces if pieces else room - prefix - total
+    return [batch for batch in batches if batch]
 
 
 @torch.no_grad()
@@ -390,16 +396,21 @@ class Run:
         lengths = [[len(rollouts[g * c.group + i].tokens) for i in range(c.group)] for g in groups]
         weights = [w for group in token_weights(c.loss, lengths, c.max_new_tokens) for w in group]
         rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in live]
-        reference = score_all(self.base, rows, c.temperature, c.micro_batch) if c.kl else None
+        # The KL penalty is taken under one of the K prompts, drawn anew for each step, and counted K times: on average the same, and
+        # the base model has one context to read, not K.
+        K = len(self.population.contexts[:c.prompts]) if c.kl else 1
+        drawn = random.Random(f"{c.seed} {self.steps_done()}").randrange(K)
+        judged = [k for k, i in enumerate(live) if c.kl and i % c.group * K // c.group == drawn]
+        reference = dict(zip(judged, score_all(self.base, [rows[k] for k in judged], c.temperature, c.micro_batch)))
 
         def loss(logprobs, k):                            # of row k, summed over its tokens
             r = rollouts[live[k]]
             behaviour = torch.tensor(r.logprobs, device=logprobs.device)
             out = token_loss(c.loss, logprobs, behaviour, scaled.flatten()[live[k]].item(), c.cap)
-            if c.kl:
+            if k in reference:
                 # The gradient of KL(pi || base) is E[(log pi - log base) grad log pi], that of half the squared difference; k3's
                 # would be biased (arXiv 2506.09477).
-                out = out + c.kl * (logprobs - reference[k]) ** 2 / 2
+                out = out + c.kl * K * (logprobs - reference[k]) ** 2 / 2
             return weights[k] * out.sum()
 
         return self.descend(rows, loss, [rollouts[i].logprobs for i in live], reference)
@@ -411,14 +422,14 @@ class Run:
         rows = [(r.prompt, r.tokens) for r in rollouts]
         prompt = lambda context, problem: tuple(self.tokenizer.chat(context.without(problem.id).messages(problem.question)))
         prompted = [(prompt(teacher, r.problem), r.tokens) for teacher, r in zip(teachers, rollouts)]
-        reference = score_all(self.model, prompted, c.temperature, c.micro_batch)
+        reference = dict(enumerate(score_all(self.model, prompted, c.temperature, c.micro_batch)))
         total = sum(len(r.tokens) for r in rollouts)
         return self.descend(rows, lambda logprobs, k: ((logprobs - reference[k]) ** 2).sum() / 2 / total,
                             [r.logprobs for r in rollouts], reference)
 
     def descend(self, rows, loss, behaviour, reference):
         """Sums the gradient of `loss` over all rows, micro-batch by micro-batch, and takes one step. No rows: nothing moves."""
-        c, sums = self.config, dict.fromkeys(("loss", "entropy", "kl_sampler", "kl_reference", "capped", "tokens"), 0.0)
+        c, sums = self.config, dict.fromkeys(("loss", "entropy", "kl_sampler", "capped", "kl_reference", "tokens", "judged"), 0.0)
         for batch in micro_batches(rows, c.micro_batch):
             logprobs, entropies = score(self.model, [rows[i] for i in batch], c.temperature)
             parts = logprobs.split([len(rows[i][1]) for i in batch])
@@ -430,13 +441,16 @@ class Run:
             sums["entropy"] += entropies.sum().item()
             sums["kl_sampler"] += kl_k3(mu, logprobs).sum().item()            # samples of mu: KL(mu || pi)
             sums["capped"] += ((logprobs - mu).exp() > c.cap).sum().item()
-            if reference:
-                sums["kl_reference"] += kl_k3(logprobs, torch.cat([reference[i] for i in batch])).sum().item()
+            for part, i in zip(parts, batch):
+                if i in reference:
+                    sums["kl_reference"] += kl_k3(part.detach(), reference[i]).sum().item()
+                    sums["judged"] += len(part)
             sums["tokens"] += len(logprobs)
-        tokens = sums.pop("tokens")
-        row = {key: value if key == "loss" else value / tokens for key, value in sums.items()} if rows else {}
         if not rows:
             return {"trained_rows": 0, "updates": self.learner.updates}
+        tokens, judged = sums.pop("tokens"), sums.pop("judged")
+        row = {key: value / (1 if key == "loss" else judged if key == "kl_reference" else tokens) for key, value in sums.items()
+               if judged or key != "kl_reference"}
         norm = self.learner.gradient_norm()
         if math.isfinite(norm):
             self.learner.update()

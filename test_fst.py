@@ -1479,6 +1479,56 @@ def test_the_log_tells_the_truth(tiny_run):
         assert abs(row["kl_sampler"]) < 1e-6 and row["capped"] == 0
 
 
+def test_the_penalty_under_a_drawn_prompt_is_right_on_average(tiny_run):
+    """The mean over the prompts that may be drawn is the gradient with the penalty under all of them."""
+    run = tiny_run("--method", "fst", "--group", 4, "--kl", 0.5)
+    run.population = reflect.Population([Context("one"), Context("two")])
+    seen, gradients = [], {}
+    run.reinforce, reinforce = lambda rollouts, rewards: seen.extend(rollouts) or {}, run.reinforce
+    run.slow(0, 0)
+    for p in run.base.parameters():
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    rewards, rows = torch.tensor([[1.0, 0, 0, 1]] * 3), [(r.prompt, r.tokens) for r in seen]
+    for step in range(10):
+        run.steps_done = lambda: step
+        run.learner.update = lambda: gradients.update({drawn: {n: m.grad.clone() for n, m in run.learner.masters.items()}})
+        drawn = random.Random(f"{run.config.seed} {step}").randrange(2)
+        assert reinforce(seen, rewards)["trained_rows"] == len(seen)
+        run.learner.discard()
+    logprobs, _ = score(run.model, rows, run.config.temperature)
+    base, _ = score(run.base, rows, run.config.temperature)
+    lengths = [len(r.tokens) for r in seen]
+    weights = [w for group in fst.token_weights("cispo", [lengths[i:i + 4] for i in (0, 4, 8)], 0) for w in group]
+    total = 0
+    for part, other, r, w, a in zip(logprobs.split(lengths), base.split(lengths), seen, weights, fst.advantages(rewards).flatten()):
+        total = total + w * (fst.token_loss("cispo", part, torch.tensor(r.logprobs), a) + 0.5 * (part - other.detach()) ** 2 / 2).sum()
+    want = dict(zip(run.learner.masters, torch.autograd.grad(total, list(run.learner.weights.values()))))
+    assert gradients.keys() == {0, 1}
+    for name, g in want.items():
+        torch.testing.assert_close((gradients[0][name] + gradients[1][name]) / 2, g, atol=1e-6, rtol=1e-3)
+        assert name != "embedding" or (gradients[0][name] - g).abs().max() > 1e-4 * g.abs().max()
+
+
+def test_micro_batches_keep_contexts_together():
+    """Each row once; a context that fits is run in one batch; no batch far over the limit; a family too long is split evenly."""
+    rng = random.Random(0)
+    for _ in range(50):
+        contexts = [tuple(rng.randrange(100) for _ in range(rng.randint(5, 40))) for _ in range(rng.randint(1, 5))]
+        rows = [(c + (200 + q,) * rng.randint(1, 6), [1] * rng.randint(1, 9)) for c in contexts for q in range(4) for _ in range(3)]
+        rng.shuffle(rows)
+        for limit in (1, 60, 200, 10000):
+            batches = fst.micro_batches(rows, limit)
+            assert sorted(i for batch in batches for i in batch) == list(range(len(rows))) and all(batches)
+            for batch in batches:
+                segments, _ = rollout.prefix_segments(sorted({rows[i][0] for i in batch}))
+                tokens = sum(len(s) for s, _ in segments) + sum(len(rows[i][1]) for i in batch)
+                assert tokens <= max(limit, 0) + 60 or len(batch) == 1
+            for c in contexts:
+                mine = {i for i, (prompt, _) in enumerate(rows) if prompt[:len(c)] == c}
+                if len(c) + sum(len(rows[i][0]) - len(c) + len(rows[i][1]) for i in mine) <= limit:
+                    assert sum(bool(mine & set(batch)) for batch in batches) == 1
+
+
 def test_each_row_is_trained_under_its_own_prompt(tiny_run):
     """12, 15: G / K rollouts under each of K prompts; a problem that is an example is asked without it."""
     run = tiny_run("--method", "fst", "--group", 4)
