@@ -169,13 +169,15 @@ STORIES = [     # things; where they are, unless they are a person's; wordings o
 
 
 class Arithmetic(Generated):
-    """Word problems of `level` steps: a product of 2 to 9 may come first, then sums and differences up to 40."""
+    """Word problems of `level` steps: a product of 2 to 9 may come first, then changes by up to 20."""
     name, levels, asked = "arithmetic", 8, "the number and nothing else"
 
     def make(self, rng, level):
         things, where, products, gains, losses = rng.choice(STORIES)
         things, (name, friend) = rng.choice(things), rng.sample(NAMES, 2)
-        c, d, total, steps = rng.randint(2, 9), rng.randint(2, 9), rng.randint(3, 40), []
+        c, d, steps = rng.randint(2, 9), rng.randint(2, 9), []
+        gain, change, total = rng.random() < 1 / 2, rng.randint(2, 20), rng.randint(2, 20)
+        total += 0 if gain else change                  # a sum of two numbers up to 20, or a difference that undoes one
         words = {"name": name, "friend": friend, "things": things, "c": c, "d": d}
         opening = f"There are {{n}} {things} {where}" if where else f"{name} has {{n}} {things}"
         question = f"How many {things} " + (f"are {where} now?" if where else f"does {name} have now?")
@@ -184,8 +186,9 @@ class Arithmetic(Generated):
             question = question.replace(" now", "") if level == 1 else question
         text = opening.format(n=total, **words)
         while len(steps) < level:
-            gain = total < 3 or total <= 38 and rng.random() < 1 / 2
-            change = rng.randint(2, 40 - total if gain else min(total - 1, 40))     # always a plural; some are left
+            if steps:
+                gain = total < 3 or total <= 38 and rng.random() < 1 / 2
+                change = rng.randint(2, min(20, 40 - total if gain else total - 1))     # always a plural; some are left
             n = ("{} more {}" if gain else "{} {}") if steps else ("{} more" if gain else "{} of them")
             event = rng.choice(gains if gain else losses).format(n=n.format(change, things), **words)
             if not steps and text.startswith(name) and event.startswith(name) and rng.random() < 1 / 2:
