@@ -116,9 +116,9 @@ def resolve(config):
     for field, value in dict(
             steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=48 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
-            micro_batch=1536 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
+            micro_batch=1024 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
-            prompt_tokens=(320 if plain else 1024) if cpu else 2048, reflection_tokens=160 if cpu else 1024).items():
+            prompt_tokens=(200 if plain else 1024) if cpu else 2048, reflection_tokens=160 if cpu else 1024).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
     c.warmup = min(10, c.steps // 4) if c.warmup is None else c.warmup

@@ -29,8 +29,8 @@ from rollout import Context, Example
 OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
 DRAFTS = 4                # contexts drafted in a generation for each that is asked, where their likelihood is known,
-GENERATIONS = 3           # how often the likeliest drafts are edited further,
-PROBES = 12               # and the most anchors whose solutions' likelihood counts
+GENERATIONS = 2           # how often the likeliest drafts are edited further,
+PROBES = 8                # and the most anchors whose solutions' likelihood counts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The population
