@@ -1,0 +1,84 @@
+"""
+Draws every figure of this folder anew from its rows, and writes its tables; numpy and matplotlib, no model and no network.
+
+    python results/figures.py                             (or another folder of the same layout)
+
+A group is one comparison, results/GROUP/METHOD-SEED/metrics.jsonl, or a single run, results/GROUP/metrics.jsonl. It gets curves.png and
+table.md. bench_growth.jsonl gets growth.png. Accuracies are shares of problems, 0 to 1; entropy and KL are in nats a token; seconds are
+those of the two kinds of phase, without the evaluations'.
+"""
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot                                             # noqa: E402
+
+from tables import METHODS, evals, mean_curve, read, runs_of, table       # noqa: E402
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+
+def curves(group, runs):
+    """results/GROUP/curves.png: single seeds thin, their mean thick, one colour per method."""
+    xs = {"step": "slow steps", "rollouts": "rollouts of both channels", "clock": "seconds of both channels", "kl_base": "KL to the base, nats a token"}
+    ys = {"mean": "accuracy, sampled", "greedy": "accuracy, greedy"}
+    panels = [(evals, x, y, xs[x], ys[y]) for y in ys for x in xs]
+    panels += [(evals, "step", "seed_mean", xs["step"], "accuracy under the seed prompt, sampled")]
+    panels += [(lambda rows: [row for row in rows if row["kind"] == "step"], "step", y, xs["step"], label) for y, label in
+               (("reward", "reward of the training rollouts"), ("entropy", "entropy, nats a token"), ("length", "tokens of an answer"))]
+    figure, axes = pyplot.subplots(3, 4, figsize=(19, 12), layout="constrained")
+    for axis, (pick, x, y, xlabel, ylabel) in zip(axes.flat, panels):
+        for i, (method, seeds) in enumerate(runs.items()):
+            colour = f"C{METHODS.index(method)}" if method in METHODS else f"C{len(METHODS) + i % 4}"
+            lines = [[(row[x], row.get(y, math.nan)) for row in pick(rows) if x in row] for rows in seeds.values()]
+            lines = [line for line in lines if line]
+            for line in lines:
+                axis.plot(*zip(*line), color=colour, alpha=0.35, linewidth=0.8)
+            if lines:
+                mean, full = mean_curve(lines)
+                axis.plot(*mean.T, "o-" if pick is evals else "-", color=colour, markersize=4, label=f"{method}, mean of {full} of {len(lines)} seeds")
+        axis.set(xlabel=xlabel, ylabel=ylabel, **({"ylim": (0, 1)} if ylabel.startswith(("accuracy", "reward")) else {}))
+        axis.grid(alpha=0.3)
+    if axes[0, 0].lines:
+        axes[0, 0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"{group.name}: validation problems")
+    figure.savefig(group / "curves.png", dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def growth(path):
+    """Seconds of the sampler against rows, prompt and new tokens, the other two held at what most rows have."""
+    rows, figure, axes = read(path), *pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+    names = {"rows": "rows", "prompt": "tokens of the prompt", "new_tokens": "new tokens"}
+    most = {name: max(values := [row[name] for row in rows], key=values.count) for name in names}
+    for axis, name in zip(axes, names):
+        for machine in dict.fromkeys(row["machine"] for row in rows):
+            points = {row[name]: row["seconds"] for row in rows if row["machine"] == machine and all(row[k] == most[k] for k in names if k != name)}
+            axis.loglog(sorted(points), [points[x] for x in sorted(points)], "o-", label=machine)      # the latest of equal rows
+        held = ", ".join(f"{most[k]} {names[k]}" for k in names if k != name)
+        axis.set(xlabel=names[name], ylabel="seconds", title=held)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path.parent / "growth.png", dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main():
+    results = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
+    for group in sorted(path for path in results.iterdir() if path.is_dir()):
+        if runs := runs_of(group):
+            curves(group, runs)
+            table(group, runs)
+            print(f"{group.name}: " + ", ".join(f"{method} {len(seeds)}" for method, seeds in runs.items()))
+    if (results / "bench_growth.jsonl").exists():
+        growth(results / "bench_growth.jsonl")
+        print("growth")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""
+What figures.py draws from and writes beside the figures: a group's rows, and its table.md with {base, trained weights} x {seed, evolved
+prompt}, when each method reaches RL's best, and the sigmoid's asymptotes.
+"""
+import json
+import math
+import re
+
+import numpy as np
+
+METHODS = ["fst", "rl", "gepa", "rl+gepa", "gepa+rl", "distill"]          # come first, in this order
+CELLS = {"base weights, seed prompt": "base_seed_", "base weights, evolved prompt": "base_", "trained weights, seed prompt": "seed_",
+         "trained weights, evolved prompt": ""}
+POINTS = 5                # evaluations after the start, at least, for a sigmoid of three parameters
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def runs_of(group):
+    """A group's folder -> {method: {seed: rows}}; each row has the `clock`, the seconds of all phases up to it."""
+    runs = {}
+    for path in sorted([*group.glob("metrics.jsonl"), *group.glob("*/metrics.jsonl")]):
+        rows, clock, name = read(path), 0.0, re.fullmatch(r"(.+)-(\d+)", path.parent.name)
+        for row in rows:
+            clock += {"fast": row.get("seconds", 0), "step": row.get("sample_seconds", 0) + row.get("train_seconds", 0)}.get(row["kind"], 0)
+            row["clock"] = clock
+        config = path.parent / "config.json"
+        resolved = json.loads(config.read_text(encoding="utf-8"))["resolved"] if config.exists() else {}
+        method, seed = name.groups() if name and path.parent != group else (resolved.get("method", group.name), resolved.get("seed", 0))
+        runs.setdefault(method, {})[int(seed)] = rows
+    return dict(sorted(runs.items(), key=lambda item: (METHODS.index(item[0]) if item[0] in METHODS else 99, item[0])))
+
+
+def evals(rows, split="val"):
+    return [row for row in rows if row["kind"] == "eval" and row["split"] == split]
+
+
+def mean_curve(curves):
+    """Curves of several seeds, each [points][values] -> the mean of those of full length, [points, values], and how many these are: the mean of
+    fewer and fewer seeds would jump where a run was cut short."""
+    full = [curve for curve in curves if len(curve) == max(map(len, curves))]
+    return np.mean(full, axis=0), len(full)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sigmoid
+
+
+def fit(C, R, R0):
+    """R - R0 = (A - R0) / (1 + (Cmid / C)^B), least squares; C, R [points], C > 0 -> A, Cmid, B. A, in which it is linear, is solved
+    for; log Cmid and B are searched on a grid that closes in on the best."""
+    low, high = np.array([math.log(C.min() / 4), 0.3]), np.array([math.log(C.max() * 4), 8.0])
+    start, end = low, high
+    for _ in range(6):
+        logs, B = (grid.ravel() for grid in np.meshgrid(*np.linspace(start, end, 41).T))               # [grid]
+        s = 1 / (1 + np.exp(np.clip(B[:, None] * (logs[:, None] - np.log(C)), -60, 60)))               # [grid, points]
+        gain = np.clip((s * (R - R0)).sum(1) / (s * s).sum(1), -R0, 1 - R0)                            # A - R0, so that 0 <= A <= 1
+        best = ((gain[:, None] * s - (R - R0)) ** 2).sum(1).argmin()
+        width = (end - start) / 10
+        start, end = (np.clip(np.array([logs[best], B[best]]) + side * width, low, high) for side in (-1, 1))
+    return R0 + gain[best], math.exp(logs[best]), B[best]
+
+
+def sigmoid(seeds, task):
+    """The fit to all seeds' validation accuracy, sampled, against rollouts, as text; interval of A: 95% of 200 bootstraps, over seeds
+    where there are three or more, else over points."""
+    every = [[(row["rollouts"], row["mean"]) for row in evals(rows) if row["task"] == task] for rows in seeds.values()]
+    curves = [line for line in ([(C, R) for C, R in curve if C > 0] for curve in every) if line]
+    starts = [R for curve in every for C, R in curve if C == 0]
+    if not starts:
+        return "not fitted: no evaluation at the start"
+    if max(map(len, curves), default=0) < POINTS:
+        return f"not fitted: {max(map(len, curves), default=0)} evaluations after the start, {POINTS} are needed"
+    R0, rng, draws = float(np.mean(starts)), np.random.default_rng(0), []
+    C, R = np.array(sum(curves, [])).T
+    A, middle, B = fit(C, R, R0)
+    if ((R0 + (A - R0) / (1 + (middle / C) ** B) - R) ** 2).sum() > R.var() * len(R) / 2:
+        return "not fitted: the curve explains less than half of the variance"
+    if middle > C.max() / 2:
+        return f"not fitted: no levelling off yet, half of the gain would come only after {middle:.0f} rollouts"
+    parts = curves if len(curves) > 2 else [[point] for curve in curves for point in curve]
+    for _ in range(200):
+        sample = sum((parts[i] for i in rng.integers(len(parts), size=len(parts))), [])
+        draws.append(fit(*np.array(sample).T, R0)[0])
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"A = {A:.2f} ({low:.2f} to {high:.2f}, over {'seeds' if len(curves) > 2 else 'points'}), half way at {middle:.0f} rollouts, B = {B:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def spread(values, form):
+    """Mean (lowest..highest) of the seeds."""
+    return f"{form(np.mean(values))}" + (f" ({form(min(values))}..{form(max(values))})" if len(values) > 1 else "")
+
+
+def which_channel(runs, task):
+    """The 2x2 on the test problems, a row per method and way of decoding."""
+    percent = lambda value: f"{100 * value:.1f}%"
+    lines = [f"| method | decoding | seeds | {' | '.join(CELLS)} |", "|" + "---|" * (3 + len(CELLS))]
+    missing, sizes = [], set()
+    for method, seeds in runs.items():
+        tests = {seed: row for seed, rows in seeds.items() for row in evals(rows, "test") if row["task"] == task}
+        missing += [f"{method}-{seed}" for seed in seeds if seed not in tests]
+        sizes |= {(row["n"], row["samples"]) for row in tests.values()}
+        for key in ("greedy", "mean") if tests else ():
+            cells = [spread([row[prefix + key] for row in tests.values()], percent) for prefix in CELLS.values()]
+            lines.append(f"| {method} | {'greedy' if key == 'greedy' else 'sampled'} | {len(tests)} | {' | '.join(cells)} |")
+    about = " and ".join(f"{n} problems, {samples} samples each" for n, samples in sorted(sizes))
+    lines = [f"Test problems ({about}): mean (lowest..highest) over seeds.", "", *lines] if sizes else []
+    return [*lines, *([""] * bool(lines) + [f"Without a row on the test problems: {', '.join(missing)}."] if missing else [])]
+
+
+def to_rl_best(runs, task):
+    """When each method's mean over seeds, and its single seeds, first reach the best validation accuracy of RL's mean; then the sigmoid."""
+    lines, target, means, every = [], None, {}, {}
+    for method, seeds in runs.items():
+        points = [[(row["step"], row["rollouts"], row["mean"]) for row in evals(rows) if row["task"] == task] for rows in seeds.values()]
+        every[method] = [curve for curve in points if curve]
+        if every[method]:
+            means[method], full = mean_curve(every[method])
+            if method == "rl" and means[method][:, 2].any():
+                target = means[method][:, 2].max()
+                lines = [f"RL's best: {target:.1%} sampled, the highest point of its mean on validation problems (seeds: {full}). When others "
+                         "reach it: their mean over seeds (lowest..highest of the seeds that do).", ""]
+    lines += ["| method | best, sampled | slow steps to RL's best | rollouts to RL's best | seeds that reach it | sigmoid |", "|" + "---|" * 6]
+    for method, curves in every.items():
+        if not curves:
+            lines.append(f"| {method} | no evaluation | | | | |")
+            continue
+        best, when, reached = spread([max(R for _, _, R in curve) for curve in curves], "{:.1%}".format), ["no RL above 0 here"] * 2, ""
+        if target is not None:
+            first = lambda curve: next(((step, C) for step, C, R in curve if R >= target), None)
+            of_mean, of_seeds = first(means[method]), [found for found in map(first, curves) if found]
+            when = [(f"{of_mean[i]:.0f}" if of_mean else "not reached")
+                    + (f" ({min(f[i] for f in of_seeds):.0f}..{max(f[i] for f in of_seeds):.0f})" if of_seeds else "") for i in (0, 1)]
+            reached = f"{len(of_seeds)} of {len(curves)}"
+        lines.append(f"| {method} | {best} | {when[0]} | {when[1]} | {reached} | {sigmoid(runs[method], task)} |")
+    return lines
+
+
+def table(group, runs):
+    tasks = dict.fromkeys(row["task"] for seeds in runs.values() for rows in seeds.values() for row in rows)
+    lines = [f"# {group.name}", "", "Written by `python results/figures.py` from the rows of this folder."]
+    for task in tasks:
+        lines += ["", f"## {task}", "", *which_channel(runs, task), "", *to_rl_best(runs, task)]
+    (group / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
