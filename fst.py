@@ -738,8 +738,13 @@ def read_seed_prompt(value):
     return Path(value).read_text(encoding="utf-8").strip() if Path(value).is_file() else value
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
         kind = {str: str, int: int, float: float}[field.type]
         default = "by device and task" if field.default is None else field.default
@@ -779,11 +784,12 @@ def open_run(config, overwrite):
     asked = dataclasses.asdict(config)
     if (folder / "config.json").exists() and not overwrite:
         stored = stored_config(folder)
-        if stored["asked"] != asked:
+        if stored["asked"] == asked:
+            return Config(**stored["resolved"]), lock
+        if (folder / "state" / "state.safetensors").exists():         # else nothing would be lost
             other = ", ".join(f"{key} {stored['asked'].get(key)!r}, now {value!r}" for key, value in asked.items()
                               if stored["asked"].get(key) != value)
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or --overwrite to start anew")
-        return Config(**stored["resolved"]), lock
     strangers = {p.name for p in folder.iterdir()} - {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS}
     if strangers:
         raise ValueError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")

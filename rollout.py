@@ -1,14 +1,21 @@
-"""The tasks half of rollout.py: records, tasks with their splits, answer extraction, grading."""
+"""
+What the model is asked, how it answers, and how the answer is graded.
+
+  Task      problems in three splits that share none; `grade` gives a reward and says what was wrong
+  Sampler   draws answers, many rows at a time, over prefixes that are run once, with one uniform per token drawn ahead
+  ask       (context, problem) pairs -> graded Rollouts
+  score     the log-probs of given answers, with gradient: what the sampler computed, all tokens at once
+"""
 import hashlib
 import http.client
 import inspect
+import itertools
 import json
+import math
 import os
 import random
 import re
 import sys
-import itertools
-import math
 import urllib.request
 from dataclasses import dataclass
 from decimal import Decimal
@@ -387,7 +394,7 @@ def pick(logits, uniform, temperature):
     temperature is 0. logits [rows, vocab] fp32, uniform [rows] -> tokens [rows], log-probs [rows].
 
     The vocabulary is cut into blocks: first find the block, then the token in it, so that no cumulative sum runs over it all."""
-    logits = logits / (temperature or 1.0)
+    logits = logits if temperature in (0, 1) else logits / temperature
     largest = logits.amax(-1, keepdim=True)
     weight = (logits - largest).exp_()                                                        # [rows, vocab]
     size = math.gcd(weight.shape[1], 512)
@@ -504,7 +511,7 @@ class Block:
         """One new token per live row: q [live, heads, head_dim], k and v [live, kv_heads, head_dim]."""
         P, _, S, _, _ = self.mask.shape
         for cache, x in zip(self.own[index], (k, v)):
-            cache[self.slot // S, :, self.slot % S, self.length] = x
+            cache[self.place[0], :, self.place[1], self.length] = x
         padded = q.new_zeros(P * S, *q.shape[1:])
         padded[self.slot] = q
         out = attention(padded.view(P, S, 1, *q.shape[1:]), *self.own[index], self.mask, self.shared[index])
@@ -591,6 +598,7 @@ class Sampler:
             if block.length == block.mask.shape[-1]:
                 block.grow()
             block.mask[..., block.length] = 0
+            block.place = block.slot // block.mask.shape[2], block.slot % block.mask.shape[2]
         parts = [len(block.row) for block in blocks]
 
         def attend(index, q, k, v):

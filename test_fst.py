@@ -1699,9 +1699,16 @@ def test_bad_input_ends_with_one_sentence(tmp_path, capsys, monkeypatch):
         assert named in refused(capsys, *flags)
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "1"}\nnot json\n')
     assert "bad.jsonl" in refused(capsys, "--task", "jsonl:bad.jsonl")
-    with pytest.raises(SystemExit) as stopped:
-        fst.main(["--unknown-flag", "1"])
-    assert stopped.value.code == 2
+    assert "--unknown-flag" in refused(capsys, "--unknown-flag", 1) and "--steps" in refused(capsys, "--steps", "many")
+
+
+def test_a_run_that_never_began_does_not_stand_in_the_way(tmp_path, capsys):
+    """Its data was missing, say: the corrected command, with other settings, runs in the same folder."""
+    flags = ["--out", tmp_path / "run", "--method", "rl", "--steps", 1]
+    assert "missing" in refused(capsys, *flags, "--task", f"jsonl:{tmp_path}/missing.jsonl")
+    assert run_fst(tmp_path, *flags).code == 0
+    capsys.readouterr()
+    assert "other settings" in refused(capsys, *flags, "--seed", 9)
 
 
 def test_what_is_on_disk_is_safe(tmp_path, capsys):
