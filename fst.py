@@ -778,8 +778,8 @@ def open_run(config, overwrite):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)      # let go by the system when the process ends, however it ends
     except OSError as error:
         raise ValueError(f"another process is at work in {folder}") from error
-    for pattern in (".config.json.*", ".curves.png.*", "checkpoint/.*.*.[0-9]*", "state/.state.safetensors.*"):
-        for leftover in folder.glob(pattern):                 # was being written when a run was killed
+    for pattern in (".config.json.*", ".curves.png.*", "checkpoint/.*.*.[0-9]*", "state/.state.safetensors.*", "*/.tmp??????"):
+        for leftover in folder.glob(pattern):                 # was being written when a run was killed; .tmp: by safetensors
             leftover.unlink()
     asked = dataclasses.asdict(config)
     if (folder / "config.json").exists() and not overwrite:
