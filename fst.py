@@ -50,6 +50,8 @@ def setting(default, meaning, source="ours"):
     return dataclasses.field(default=default, metadata={"help": meaning, "source": source})
 
 
+REFUSALS = 5              # updates in a row that are not finite before the run ends
+LEAST_MICRO_BATCH = 64    # tokens; with less, running out of memory ends the run
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
 
@@ -236,14 +238,24 @@ class Learner:
 
     def discard(self):
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)            # not yet collected when a backward pass broke off
 
     @torch.no_grad()
     def update(self):
-        self.updates += 1
-        self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, self.updates / max(self.warmup, 1))
-        self.optimizer.step()
-        self.discard()
-        self.refresh()
+        """One step of AdamW. Where it would leave anything that is not finite, or breaks off, nothing has moved."""
+        before, updates, done = {name: t.clone() for name, t in self.tensors().items()}, self.updates, False
+        try:
+            self.updates += 1
+            self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, self.updates / max(self.warmup, 1))
+            self.optimizer.step()
+            self.refresh()
+            done = all(t.isfinite().all() for t in (*self.tensors().values(), *self.weights.values()))
+            if not done:
+                raise FloatingPointError("the weights after the update are not finite")
+        finally:
+            if not done:
+                self.restore(before.get, before, updates)
+            self.discard()
 
     @torch.no_grad()
     def refresh(self):
@@ -265,6 +277,8 @@ class Learner:
             m.copy_(read(f"master.{name}"))
             if f"step.{name}" in names:
                 self.optimizer.state[m] = {key: read(f"{key}.{name}").to(m.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+            else:
+                self.optimizer.state.pop(m, None)
         self.refresh()
 
 
@@ -337,6 +351,7 @@ class Run:
         self.base = copy.deepcopy(self.model).requires_grad_(False)
         self.learner = None if c.method == "gepa" else Learner(self.model, c.lr, c.warmup)
         self.sampler = Sampler(self.model, self.tokenizer, c.slots)
+        self.micro_batch = c.micro_batch                  # less, once memory ran out
         self.done = 0                                     # phases behind us
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
         self.refused = 0                                  # updates in a row that were not finite
@@ -372,9 +387,10 @@ class Run:
         sampled = time.perf_counter()
         rewards = torch.tensor([r.reward for r in rollouts]).view(len(problems), c.group)
         if c.method == "distill":
-            row = self.distill(rollouts, [teachers[i % c.group * len(teachers) // c.group] for i in range(len(rollouts))])
+            teachers = [teachers[i % c.group * len(teachers) // c.group] for i in range(len(rollouts))]
+            row = self.within_memory(lambda: self.distill(rollouts, teachers))
         else:
-            row = self.reinforce(rollouts, rewards)
+            row = self.within_memory(lambda: self.reinforce(rollouts, rewards))
         tokens = sum(len(r.tokens) for r in rollouts)
         self.spent["slow_rollouts"] += len(rollouts)
         self.spent["slow_tokens"] += tokens
@@ -386,7 +402,7 @@ class Run:
                 "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts),
                 **row, **self.spent,
                 "sample_seconds": sampled - start, "train_seconds": time.perf_counter() - sampled,
-                "tokens_per_second": tokens / (sampled - start)}
+                "tokens_per_second": tokens / max(sampled - start, 1e-9)}
 
     def reinforce(self, rollouts, rewards):
         c = self.config
@@ -401,7 +417,7 @@ class Run:
         K = len(self.population.contexts[:c.prompts]) if c.kl else 1
         drawn = random.Random(f"{c.seed} {self.steps_done()}").randrange(K)
         judged = [k for k, i in enumerate(live) if c.kl and i % c.group * K // c.group == drawn]
-        reference = dict(zip(judged, score_all(self.base, [rows[k] for k in judged], c.temperature, c.micro_batch)))
+        reference = dict(zip(judged, score_all(self.base, [rows[k] for k in judged], c.temperature, self.micro_batch)))
 
         def loss(logprobs, k):                            # of row k, summed over its tokens
             r = rollouts[live[k]]
@@ -422,7 +438,7 @@ class Run:
         rows = [(r.prompt, r.tokens) for r in rollouts]
         prompt = lambda context, problem: tuple(self.tokenizer.chat(context.without(problem.id).messages(problem.question)))
         prompted = [(prompt(teacher, r.problem), r.tokens) for teacher, r in zip(teachers, rollouts)]
-        reference = dict(enumerate(score_all(self.model, prompted, c.temperature, c.micro_batch)))
+        reference = dict(enumerate(score_all(self.model, prompted, c.temperature, self.micro_batch)))
         total = sum(len(r.tokens) for r in rollouts)
         return self.descend(rows, lambda logprobs, k: ((logprobs - reference[k]) ** 2).sum() / 2 / total,
                             [r.logprobs for r in rollouts], reference)
@@ -430,7 +446,7 @@ class Run:
     def descend(self, rows, loss, behaviour, reference):
         """Sums the gradient of `loss` over all rows, micro-batch by micro-batch, and takes one step. No rows: nothing moves."""
         c, sums = self.config, dict.fromkeys(("loss", "entropy", "kl_sampler", "capped", "kl_reference", "tokens", "judged"), 0.0)
-        for batch in micro_batches(rows, c.micro_batch):
+        for batch in micro_batches(rows, self.micro_batch):
             logprobs, entropies = score(self.model, [rows[i] for i in batch], c.temperature)
             parts = logprobs.split([len(rows[i][1]) for i in batch])
             total = sum(loss(part, i) for part, i in zip(parts, batch))
@@ -451,17 +467,33 @@ class Run:
         tokens, judged = sums.pop("tokens"), sums.pop("judged")
         row = {key: value / (1 if key == "loss" else judged if key == "kl_reference" else tokens) for key, value in sums.items()
                if judged or key != "kl_reference"}
-        norm = self.learner.gradient_norm()
-        if math.isfinite(norm):
+        row["gradient_norm"] = self.learner.gradient_norm()
+        try:
+            for key in ("loss", "gradient_norm"):
+                if not math.isfinite(row[key]):
+                    raise FloatingPointError(f"the {key.replace('_', ' ')} is not finite")
             self.learner.update()
             self.refused = 0
-        else:                                             # no update is better than a ruined one
+        except FloatingPointError as error:               # no update is better than a ruined one
             self.learner.discard()
             self.refused += 1
-            say(f"the gradient is not finite (norm {norm}): this update is refused")
-            if self.refused == 5:
-                raise FloatingPointError("five updates in a row were not finite; the last good state is on disk: try a lower --lr")
-        return {"trained_rows": len(rows), "gradient_norm": norm, "updates": self.learner.updates, **row}
+            row = {key: value for key, value in row.items() if math.isfinite(value)} | {"refused": str(error), "refusals": self.refused}
+            say(f"{error}: this update is refused, the {self.refused}. in a row")
+        return {"trained_rows": len(rows), "updates": self.learner.updates, **row}
+
+    def within_memory(self, train):
+        """train(); where the memory of a CUDA card does not suffice, once more from its start with micro-batches of half the tokens:
+        the split does not change the loss, and nothing has moved before the update."""
+        while True:
+            try:
+                return train()
+            except torch.OutOfMemoryError:
+                if self.micro_batch < 2 * LEAST_MICRO_BATCH:
+                    raise
+            self.learner.discard()                        # not in the handler above, where the failed pass still holds its memory
+            self.micro_batch //= 2
+            torch.cuda.empty_cache()
+            say(f"out of memory: this step once more, and the others, with micro-batches of {self.micro_batch} tokens")
 
     def fast(self, task, cycle):
         """Evolves the population on the problems of the cycle's T batches, the weights held still."""
@@ -489,7 +521,7 @@ class Run:
         def likelihood(answers):
             rows = [(tuple(self.tokenizer.chat(context.messages(problem.question))),
                      [*self.tokenizer.encode(text), self.tokenizer.stop_ids[0]]) for context, problem, text in answers]
-            return [logprobs.mean().item() for logprobs in score_all(self.model, rows, 1.0, c.micro_batch)]
+            return [logprobs.mean().item() for logprobs in score_all(self.model, rows, 1.0, self.micro_batch)]
 
         count = lambda context: len(self.tokenizer.chat(context.messages("")))
         weights = self.learner.updates if self.learner else 0
@@ -542,7 +574,7 @@ class Run:
                 row[f"{prefix}{name}mean_interval"] = [max(0.0, means.mean() - spread), min(1.0, means.mean() + spread)]
             if model is self.model:
                 rows = [(r.prompt, r.tokens) for r in drawn[::2 * c.eval_samples]]     # one answer to every second problem
-                ours, base = (torch.cat(score_all(m, rows, 1.0, c.micro_batch)) for m in (self.model, self.base))
+                ours, base = (torch.cat(score_all(m, rows, 1.0, self.micro_batch)) for m in (self.model, self.base))
                 row["kl_base"] = kl_k3(ours, base).mean().item()
         row["seconds"] = time.perf_counter() - start
         self.journal("metrics.jsonl", row)
@@ -562,13 +594,15 @@ class Run:
         lengths are part of it, so that what was written after it can be cut off."""
         save(self.folder / "checkpoint", self.model, self.tokenizer)
         write_text(self.folder / "checkpoint" / "prompts.json", json.dumps(self.population.to_json(), indent=1))
+        journals = {}
         for name in self.JOURNALS:
-            with open(self.folder / name, "a") as file:
+            with open(self.folder / name, "ab+") as file:
                 os.fsync(file.fileno())
+            journals[name] = length_and_digest((self.folder / name).read_bytes())
         tensors = self.learner.tensors() if self.learner else {"none": torch.zeros(1)}
-        state = {"done": self.done, "spent": self.spent, "refused": self.refused, "finished": self.finished,
+        state = {"config": dataclasses.asdict(self.config), "micro_batch": self.micro_batch, "done": self.done, "spent": self.spent, "refused": self.refused, "finished": self.finished,
                  "population": self.population.to_json(), "updates": self.learner.updates if self.learner else 0,
-                 "journals": {name: (self.folder / name).stat().st_size for name in self.JOURNALS}}
+                 "journals": journals}
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "state.safetensors"
         text = json.dumps(state)
@@ -587,12 +621,16 @@ class Run:
                     self.learner.restore(file.get_tensor, names, state["updates"])
         except Exception as error:      # safetensors and json raise their own kinds for a damaged file
             raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
-        self.done, self.spent, self.refused, self.finished = (state[key] for key in ("done", "spent", "refused", "finished"))
+        if state["config"] != dataclasses.asdict(self.config):
+            raise ValueError(f"{self.folder / 'config.json'} was changed since the state was saved: undo that, or start anew with --overwrite")
+        self.micro_batch, self.done, self.spent, self.refused, self.finished = (
+            state[key] for key in ("micro_batch", "done", "spent", "refused", "finished"))
         self.population = reflect.Population.from_json(state["population"])
-        for name, size in state["journals"].items():
-            if (self.folder / name).stat().st_size < size:
-                raise ValueError(f"{self.folder / name} is shorter than the saved state says: start anew with --overwrite")
-            os.truncate(self.folder / name, size)
+        for name, (length, sha256) in state["journals"].items():
+            if length_and_digest((self.folder / name).read_bytes()[:length]) != (length, sha256):
+                raise ValueError(f"{self.folder / name} was changed since the state was saved: undo that, or start anew with --overwrite")
+        for name, (length, _) in state["journals"].items():
+            os.truncate(self.folder / name, length)
 
     def go(self):
         """Phase after phase until the schedule's end, or until asked to stop: True if it got there."""
@@ -613,6 +651,9 @@ class Run:
                 bar.update()
                 self.journal("metrics.jsonl", row)
                 say(describe(row))
+                if self.refused >= REFUSALS:
+                    raise FloatingPointError(f"{self.refused} updates in a row were refused, at last as {row['refused']}; "
+                                             "the last good state is on disk: start anew with a lower --lr")
                 self.after(kind, task)
         if self.stop:
             self.save()
@@ -670,6 +711,10 @@ def digest(text, names, read):
         out.update(name.encode())
         out.update(read(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return out.hexdigest()
+
+
+def length_and_digest(content):
+    return len(content), hashlib.sha256(content).hexdigest()
 
 
 def table(row):

@@ -1393,7 +1393,7 @@ def test_one_step_equals_the_obvious_one(tiny_run):
     gradients = []
     run.learner.update = lambda: gradients.append({name: m.grad.clone() for name, m in run.learner.masters.items()})
     for micro_batch in (1, 40, 10000):
-        run.config.micro_batch = micro_batch
+        run.micro_batch = micro_batch
         row = run.reinforce(rollouts, rewards)
         run.learner.discard()
         assert row["trained_rows"] == 4 * len(groups) and abs(row["loss"] - objective.item()) < 1e-4
@@ -1471,7 +1471,7 @@ def test_the_log_tells_the_truth(tiny_run):
     want_base, _ = score(run.base, [(r.prompt, r.tokens) for r in rollouts])
     d = (want_base - want_logp).detach()
     for micro_batch in (1, 10000):
-        run.config.micro_batch = micro_batch
+        run.micro_batch = micro_batch
         run.learner.update = run.learner.discard
         row = run.reinforce(rollouts, rewards)
         assert row["entropy"] == pytest.approx(want_entropy.mean().item(), rel=1e-5)
@@ -1585,16 +1585,86 @@ def test_distill_moves_towards_the_teacher(tiny_run):
         assert gap() < 0.9 * before
 
 
-def test_not_finite_gradients_are_refused(tiny_run):
-    run = tiny_run("--method", "rl")
-    rollouts, before = sampled(run), {n: m.clone() for n, m in run.learner.masters.items()}
-    broken = [dataclasses.replace(r, logprobs=[-math.inf] * len(r.logprobs)) for r in rollouts]
-    run.config.cap = math.inf
-    for attempt in range(5):
-        context = pytest.raises(FloatingPointError, match="five updates") if attempt == 4 else contextlib.nullcontext()
-        with context:
-            run.reinforce(broken, torch.tensor([[1.0, 0, 0, 0]] * 3))
-    assert all(torch.equal(m, before[n]) for n, m in run.learner.masters.items()) and run.learner.updates == 0
+@pytest.mark.parametrize("where", ["loss", "gradient norm", "weights after the update"])
+def test_bad_updates_are_refused(tiny_run, monkeypatch, where):
+    """No weight, moment or count moves, the row says what was wrong, and the same step is taken when it no longer is."""
+    run, other = tiny_run("--method", "rl", "--warmup", 3), tiny_run("--method", "rl", "--warmup", 3, out="other")
+    rewards = torch.tensor([[1.0, 0, 0, 0]] * 3)
+    rollouts = sampled(run)
+    for learner in (run, other):
+        learner.reinforce(rollouts, rewards)                                    # so that there are moments
+    before = {name: t.clone() for name, t in run.learner.tensors().items()}
+    with monkeypatch.context() as patch:
+        if where == "loss":
+            patch.setattr(fst, "token_loss", lambda kind, logprobs, *rest: logprobs.sum() + math.inf)
+        elif where == "gradient norm":
+            patch.setattr(fst, "token_loss", lambda kind, logprobs, *rest: (logprobs - logprobs.detach()).abs().sqrt())   # 0 * inf
+        else:
+            step = run.learner.optimizer.step
+            patch.setattr(run.learner.optimizer, "step", lambda: (step(), run.learner.masters["norm"][3].fill_(math.nan)))
+        for refusals in (1, 2):
+            row = run.reinforce(rollouts, rewards)
+            assert row["refused"] == f"the {where} {'are' if where[0] == 'w' else 'is'} not finite" and row["refusals"] == refusals and row["updates"] == 1
+            assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
+            assert run.learner.tensors().keys() == before.keys() and all(torch.equal(t, before[n]) for n, t in run.learner.tensors().items())
+            assert all(torch.equal(p, before[f"master.{n}"]) for n, p in run.learner.weights.items())
+    assert "refused" not in run.reinforce(rollouts, rewards) and run.refused == 0
+    other.reinforce(rollouts, rewards)
+    assert all(torch.equal(a, b) for a, b in zip(run.learner.tensors().values(), other.learner.tensors().values()))
+
+
+def test_the_first_update_refused_leaves_no_moments(tiny_run):
+    run = tiny_run("--method", "rl", "--lr", 1e38, "--warmup", 0)
+    before = {name: t.clone() for name, t in run.learner.tensors().items()}
+    assert "weights" in run.reinforce(sampled(run), torch.tensor([[1.0, 0, 0, 0]] * 3))["refused"]
+    assert run.learner.tensors().keys() == before.keys() and all(torch.equal(t, before[n]) for n, t in run.learner.tensors().items())
+
+
+def test_five_refused_updates_end_the_run(tmp_path, monkeypatch):
+    """Exit status 2, five rows that say so, and on disk the state that was good; mended, the run goes on from there."""
+    flags = ["--method", "rl", "--steps", 8, "--save-every", 2, "--out", tmp_path / "run"]
+    token_loss, calls = fst.token_loss, []
+    monkeypatch.setattr(fst, "token_loss", lambda kind, logprobs, *rest: calls.append(1) or token_loss(kind, logprobs, *rest) * (math.nan if len(calls) > 24 else 1))
+    ended = run_fst(tmp_path, *flags, check=False)
+    assert ended.code == 2 and len(ended.err) == 1 and "5 updates in a row" in ended.err[0] and "last good state" in ended.err[0]
+    rows = [row for row in fst.read_rows(tmp_path / "run") if row["kind"] == "step"]
+    good = [row for row in rows if "refused" not in row]
+    assert [row.get("refusals") for row in rows[-5:]] == [1, 2, 3, 4, 5] and good and len(rows) == len(good) + 5
+    monkeypatch.setattr(fst, "token_loss", token_loss)
+    assert run_fst(tmp_path, *flags).code == 0
+    rows = [row for row in fst.read_rows(tmp_path / "run") if row["kind"] == "step"]
+    assert len(rows) == 8 and "refused" not in rows[-1] and rows[-1]["updates"] == 8 - sum("refused" in row for row in rows)
+
+
+@pytest.mark.parametrize("failure", ["forward", "backward", "update"])
+def test_out_of_memory_repeats_the_step_in_smaller_micro_batches(tiny_run, monkeypatch, failure):
+    """As exact as a run that had the smaller ones from the start: what was accumulated is discarded, nothing had moved."""
+    run, other = tiny_run("--method", "rl", "--micro-batch", 128), tiny_run("--method", "rl", "--micro-batch", 64, out="other")
+    raised, calls = [], []
+
+    def fail(at):
+        calls.append(1)
+        if len(calls) == at and not raised:
+            raised.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if failure == "forward":
+        monkeypatch.setattr(fst, "score", lambda model, *rest: (model is run.model and model.embedding.requires_grad and torch.is_grad_enabled() and fail(2), score(model, *rest))[1])
+    elif failure == "backward":                                                 # some of a pass's gradients are in, the others not
+        run.model.layers[1].down.register_post_accumulate_grad_hook(lambda p: fail(2))
+    else:
+        step = run.learner.optimizer.step
+        run.learner.optimizer.step = lambda: (step(), fail(1))
+    monkeypatch.setattr(rollout, "extract_answer", lambda text: str(len(text) % 2))
+    for step_ in range(2):
+        row, wanted = run.slow(0, step_), other.slow(0, step_)
+        assert {k: v for k, v in row.items() if k not in CLOCKS} == {k: v for k, v in wanted.items() if k not in CLOCKS}
+    assert raised and run.micro_batch == 64 and run.config.micro_batch == 128
+    assert all(torch.equal(a, b) for a, b in zip(run.learner.tensors().values(), other.learner.tensors().values()))
+    run.save()
+    again = fst.Run(run.config)
+    again.restore()
+    assert again.micro_batch == 64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
