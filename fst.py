@@ -26,6 +26,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -39,7 +40,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import reflect
-from model import load, replace_file, save
+from model import load, reading, replace_file, save
 from rollout import TASKS, Context, Sampler, ask, get_task, score, share
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,6 +53,7 @@ def setting(default, meaning, source="ours"):
 
 REFUSALS = 5              # updates in a row that are not finite before the run ends
 LEAST_MICRO_BATCH = 64    # tokens; with less, running out of memory ends the run
+MOST = 1_000_000          # of anything: a configuration may come from a stranger
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
 
@@ -130,9 +132,14 @@ def resolve(config):
                   "prompt_tokens", "reflection_tokens", "eval_problems", "eval_samples", "save_every"):
         if not getattr(c, field) > 0:
             raise ValueError(f"--{field.replace('_', '-')} must be above 0, not {getattr(c, field)}")
+        if type(getattr(c, field)) is int and getattr(c, field) > MOST:
+            raise ValueError(f"--{field.replace('_', '-')} must be at most {MOST:,}")
     for field in ("temperature", "seed", "warmup", "kl", "passes", "eval_every"):
         if not getattr(c, field) >= 0:
             raise ValueError(f"--{field.replace('_', '-')} must not be negative, and is {getattr(c, field)}")
+    for one, other in (("batch", "group"), ("eval_problems", "eval_samples")):
+        if getattr(c, one) * getattr(c, other) > MOST:
+            raise ValueError(f"--{one.replace('_', '-')} times --{other.replace('_', '-')} must be at most {MOST:,}")
     if c.temperature == 0:
         raise ValueError("--temperature 0 gives every rollout of a group the same text, from which nothing can be learnt")
     if c.method != "rl" and c.group % c.prompts:
@@ -740,12 +747,24 @@ def describe(row):
 # 5. Curves
 
 
-def read_rows(folder):
-    path = Path(folder) / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+def read_text(path):
+    """A run folder may be a stranger's: what is no regular file is not opened, as a pipe would never end."""
+    if not os.path.isfile(path):
+        raise ValueError("there is no such file")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def read_rows(path):
+    return [json.loads(line) for line in read_text(path).split("\n") if line]
+
+
+def read_points(folder):
+    """What is drawn of a run: numbers, of its evaluations and of its steps."""
+    with reading(Path(folder) / "metrics.jsonl"):
+        rows = read_rows(Path(folder) / "metrics.jsonl")
+        pick = lambda keys, rows: [{key: float(row[key]) for key in keys} for row in rows]
+        return (pick(("step", "rollouts", "kl_base", "mean", "seed_mean"), [row for row in rows if row["kind"] == "eval" and row["split"] == "val"]),
+                pick(("step", "reward"), [row for row in rows if row["kind"] == "step"]))
 
 
 def plot(folders, path):
@@ -753,16 +772,14 @@ def plot(folders, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    points = [read_points(folder) for folder in folders]
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for i, folder in enumerate(folders):
-        rows, colour, name = read_rows(folder), f"C{i % 10}", Path(folder).name
-        evals = [row for row in rows if row["kind"] == "eval" and row["split"] == "val"]
-        steps = [row for row in rows if row["kind"] == "step"]
+    for i, (folder, (evals, steps)) in enumerate(zip(folders, points)):
+        colour, name = f"C{i % 10}", Path(folder).name.replace("$", r"\$")
         for axis, key in zip(axes.flat, ("step", "rollouts", "kl_base")):
-            points = [row for row in evals if key in row]
-            axis.plot([row[key] for row in points], [row["mean"] for row in points], "o-", color=colour, label=name)
-            axis.plot([row[key] for row in points], [row["seed_mean"] for row in points], "o:", color=colour, alpha=0.5,
-                      label=f"{name}, seed prompt")
+            x = [row[key] for row in evals]
+            axis.plot(x, [row["mean"] for row in evals], "o-", color=colour, label=name)
+            axis.plot(x, [row["seed_mean"] for row in evals], "o:", color=colour, alpha=0.5, label=f"{name}, seed prompt")
         axes[1, 1].plot([row["step"] for row in steps], [row["reward"] for row in steps], color=colour, label=name)
     for axis, x, y in zip(axes.flat, ("slow steps", "rollouts of both channels", "KL to the base model, nats a token", "slow steps"),
                           ("validation accuracy, sampled",) * 3 + ("reward of the training rollouts",)):
@@ -780,7 +797,7 @@ def plot(folders, path):
 def read_seed_prompt(value):
     if not value:
         return None
-    return Path(value).read_text(encoding="utf-8").strip() if Path(value).is_file() else value
+    return Path(value).read_text(encoding="utf-8").strip() if os.path.isfile(value) else value      # a long text is no path
 
 
 class Parser(argparse.ArgumentParser):
@@ -806,11 +823,16 @@ def parse(argv):
 
 
 def stored_config(folder):
+    """What was asked for, a dict, and the resolved configuration, checked like flags: the folder may be damaged, or a stranger's."""
     path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no readable run: {error}") from error
+    with reading(f"{folder} holds no readable run: config.json"):
+        stored = json.loads(read_text(path))
+        asked, resolved = stored["asked"], Config(**stored["resolved"])
+        for field in dataclasses.fields(Config):
+            if type(getattr(resolved, field.name)) is not field.type:
+                raise ValueError(f"{field.name} is not of type {field.type.__name__}")
+        resolve(resolved)
+        return {**asked}, resolved
 
 
 def open_run(config, overwrite):
@@ -828,12 +850,11 @@ def open_run(config, overwrite):
             leftover.unlink()
     asked = dataclasses.asdict(config)
     if (folder / "config.json").exists() and not overwrite:
-        stored = stored_config(folder)
-        if stored["asked"] == asked:
-            return Config(**stored["resolved"]), lock
+        before, resolved = stored_config(folder)
+        if before == asked:
+            return resolved, lock
         if (folder / "state" / "state.safetensors").exists():         # else nothing would be lost
-            other = ", ".join(f"{key} {stored['asked'].get(key)!r}, now {value!r}" for key, value in asked.items()
-                              if stored["asked"].get(key) != value)
+            other = ", ".join(f"{key} {before.get(key)!r}, now {value!r}" for key, value in asked.items() if before.get(key) != value)
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or --overwrite to start anew")
     strangers = {p.name for p in folder.iterdir()} - {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS}
     if strangers:
@@ -879,12 +900,13 @@ def check(config):
 
 def evaluate_folder(folder):
     """The 2x2 of a finished or unfinished run from what its folder holds, nothing in it changed."""
-    c = Config(**stored_config(folder)["resolved"])
+    _, c = stored_config(folder)
     path = Path(folder) / "checkpoint" / "prompts.json"
-    try:
-        population = reflect.Population.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    with reading(path):
+        population = reflect.Population.from_json(json.loads(read_text(path)))
+        texts = [text for x in population.contexts for text in (x.system, *(t for e in x.examples for t in vars(e).values()))]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError("its prompts are not texts")
     run = Run(dataclasses.replace(c, method="gepa"))                      # no optimizer is needed
     run.model, _ = load(str(Path(folder) / "checkpoint"), c.device, getattr(torch, c.dtype))
     run.population, run.journal = population, lambda *_: None
@@ -892,8 +914,14 @@ def evaluate_folder(folder):
         say(table(run.evaluate(task, "test", 2 * c.eval_problems, {"base_": run.base, "": run.model})))
 
 
+def complain(text):
+    """One line, without control characters that a file or a model may have put into it."""
+    print("fst.py:", " ".join(reflect.printable(str(text)).split()), file=sys.stderr)
+    return 2
+
+
 def main(argv=None):
-    """Exit status: 0 done, 2 bad input, 130 interrupted after saving."""
+    """Exit status: 0 done, 2 bad input or a failure that is named, 130 interrupted after saving."""
     try:
         config, actions = parse(argv)
         if actions["plot"]:
@@ -903,7 +931,9 @@ def main(argv=None):
             evaluate_folder(actions["eval"])
         elif actions["show_prompts"]:
             path = Path(actions["show_prompts"]) / "prompts.jsonl"
-            print(reflect.show([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]))
+            with reading(path):
+                text = reflect.show(read_rows(path))
+            print(text)
         elif actions["check"]:
             check(config)
         else:
@@ -915,8 +945,12 @@ def main(argv=None):
                     f"{resolved.device} {resolved.dtype}: {resolved.out}")
                 return 0 if run.go() else 130
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"fst.py: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
+    except (MemoryError, RuntimeError) as error:          # PyTorch's on a CPU is a RuntimeError like any other
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search("(not enough|allocate) memory", str(error)):
+            raise
+        return complain("out of memory: what was saved is kept; try a smaller --micro-batch, --slots, --eval-problems or --model "
+                        f"({str(error).strip().partition(chr(10))[0]})")
     except KeyboardInterrupt:
         return 130
     finally:

@@ -741,6 +741,7 @@ def replace_file(path, write):
     """Lets write(temporary path) write a file beside `path`, forces it to disk, puts it in `path`'s place in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.unlink(missing_ok=True)                                  # a link of that name would lead elsewhere
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

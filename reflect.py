@@ -550,14 +550,14 @@ def show(rows):
         means[row["id"]].update(row["means"])
     for row in latest.values():
         children[next((i for i in row["parents"] if i in latest), None)].append(row)
-    lines, todo = [], [(row, 0) for row in reversed(children[None])]
+    lines, todo = [], [(row, 0) for row in reversed(children.pop(None, []))]
     while todo:
         row, depth = todo.pop()
-        indent = "    " * depth
+        indent = "    " * min(depth, 20)
         scores = "".join(f"; {mean:.2f} at step {step}" for step, mean in means[row["id"]].items() if mean is not None)
         second = f" with #{row['parents'][1]}" if len(row["parents"]) > 1 else ""
         lines.append(f"{indent}#{row['id']} {row['operator']}{second}: {row['verdict']} ({row['reason']}){scores}")
         text = row["changes"] if row["parents"] else readable(Context(row["system"], tuple(Example(**e) for e in row["examples"])))
         lines += [f"{indent}    {line}" for line in text]
-        todo += [(child, depth + 1) for child in reversed(children[row["id"]])]
+        todo += [(child, depth + 1) for child in reversed(children.pop(row["id"], []))]
     return printable("\n".join(lines))

@@ -295,6 +295,8 @@ class JSONL(Task):
     name, argument = "jsonl", ":FILE"
 
     def rows(self, argument, level, data):
+        if not os.path.isfile(argument):        # a pipe or a device may never end
+            raise FileNotFoundError(f"{argument} is not a file")
         rows = {"train": [], "val": [], "test": []}
         for *row, split in read_jsonl(argument):
             share = int(hashlib.sha256(" ".join(row[0].split()).encode()).hexdigest(), 16) % 10

@@ -1627,12 +1627,12 @@ def test_five_refused_updates_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(fst, "token_loss", lambda kind, logprobs, *rest: calls.append(1) or token_loss(kind, logprobs, *rest) * (math.nan if len(calls) > 24 else 1))
     ended = run_fst(tmp_path, *flags, check=False)
     assert ended.code == 2 and len(ended.err) == 1 and "5 updates in a row" in ended.err[0] and "last good state" in ended.err[0]
-    rows = [row for row in fst.read_rows(tmp_path / "run") if row["kind"] == "step"]
+    rows = [row for row in fst.read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "step"]
     good = [row for row in rows if "refused" not in row]
     assert [row.get("refusals") for row in rows[-5:]] == [1, 2, 3, 4, 5] and good and len(rows) == len(good) + 5
     monkeypatch.setattr(fst, "token_loss", token_loss)
     assert run_fst(tmp_path, *flags).code == 0
-    rows = [row for row in fst.read_rows(tmp_path / "run") if row["kind"] == "step"]
+    rows = [row for row in fst.read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "step"]
     assert len(rows) == 8 and "refused" not in rows[-1] and rows[-1]["updates"] == 8 - sum("refused" in row for row in rows)
 
 
@@ -1681,11 +1681,12 @@ def run_fst(folder, *flags, kill=None, check=True):
                  "--cycle", 2, "--batch", 3, "--group", 4, "--prompts", 2, "--max-new-tokens", 8, "--lr", 1e-3, "--eval-problems", 4,
                  "--eval-samples", 2, "--reflection-tokens", 12, "--save-every", 1, "--slots", 16, *flags]
     if kill is None:
-        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
             patch.setattr(rollout, "extract_answer", lambda text: str(len(text) % 2))
             code = fst.main([str(a) for a in arguments])
         assert not check or code == 0, err.getvalue()
-        return SimpleNamespace(code=code, err=[line for line in err.getvalue().splitlines() if line.startswith("fst.py:")])
+        return SimpleNamespace(code=code, err=[line for line in err.getvalue().splitlines() if line.startswith("fst.py:")],
+                               printed=out.getvalue() + err.getvalue())
     process = subprocess.Popen([sys.executable, "-c", CODE, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     try:
@@ -1806,6 +1807,168 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
         broken = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False)
         assert broken.code == 2 and len(broken.err) == 1 and "state.safetensors is damaged" in broken.err[0]
         assert state.read_bytes() == damage and what_counts(tmp_path / "run") == before
+
+
+SHORT = ["--method", "rl", "--steps", 2, "--cycle", 1]
+
+
+def one_sentence(ended):
+    assert ended.code == 2 and len(ended.err) == 1 and "Traceback" not in ended.printed, ended.printed[-1000:]
+    return ended.err[0]
+
+
+# ---- what a stranger or a model may have written ---------------------------------------------------------------------
+
+
+def test_no_pickle_no_remote_code_nothing_executed():
+    """The only call of eval fills in our own templates; no other way to run or unpickle what was read is in the code."""
+    forbidden = re.compile(r"trust_remote_code|\bc?[pP]ickle\b|torch\.load\b|np\.load\b|\bmarshal\b|\bshelve\b|joblib|(?<![.\w])(?:eval|exec|compile|__import__)\("
+                           r"|os\.(?:system|popen|exec|spawn)|shell\s*=\s*True|extractall|weights_only")
+    found = [(path.name, line.partition("#")[0].strip()) for path in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")] if path.name != "test_fst.py"
+             for line in path.read_text(encoding="utf-8").splitlines() if forbidden.search(line)]
+    assert found == [("rollout.py", "value = eval(written, {})")]
+    started = [(path.name, line.strip()) for path in ROOT.glob("*.py") if path.name != "test_fst.py"
+               for line in path.read_text(encoding="utf-8").splitlines() if re.search(r"subprocess\.\w+\(", line)]
+    assert [name for name, line in started] == ["model.py"] and '"pip", "download"' in started[0][1]
+
+
+EVIL = "\x1b]0;evil\x07\x9b31m\u202e\x08\r"
+
+
+def test_a_models_control_characters_never_reach_the_terminal(tmp_path, monkeypatch):
+    replies = itertools.cycle([f"```\n{EVIL}write the answer {i} times\n```{EVIL}" for i in "abcdefg"] + [f"#### {EVIL}", EVIL])
+    monkeypatch.setattr(model.Tokenizer, "decode", lambda self, ids: next(replies))
+    monkeypatch.setattr(rollout.Task, "correct", lambda self, problem, given: len(next(replies)) % 3 == 0)
+    monkeypatch.setattr(rollout.Completion, "stopped", property(lambda self: True, lambda self, value: None), raising=False)
+    ended = run_fst(tmp_path, "--out", tmp_path / "run")
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert fst.main(["--show-prompts", str(tmp_path / "run")]) == 0
+    assert "\\u001b]0;evil" in (tmp_path / "run" / "rollouts.jsonl").read_text() and "write the answer" in shown.getvalue()
+    for text in (ended.printed.replace("\x1b[A", "").replace("\r", ""), shown.getvalue()):          # those two are of the progress bars
+        assert all(c == "\n" or c.isprintable() for c in text)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """A run folder, and what its files are when all is well."""
+    folder = tmp_path_factory.mktemp("stranger")
+    run_fst(folder, "--steps", 1, "--cycle", 1, "--eval-problems", 1, "--eval-samples", 1, "--max-new-tokens", 2, "--out", folder / "run")
+    return folder, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def look_at(stranger, capsys, *actions):
+    """The actions end well or with one sentence, without a control character, and write nothing but the curves. Gives the exit statuses."""
+    folder, whole = stranger
+    changed, codes = {path for path in whole if not path.is_file() or path.read_bytes() != whole[path]}, []
+    for action in actions:
+        capsys.readouterr()
+        codes.append(fst.main([action, str(folder / "run")]))
+        out, err = capsys.readouterr()
+        errors = [line for line in err.splitlines() if line.startswith("fst.py:")]
+        assert (codes[-1], len(errors)) in ((0, 0), (2, 1)) and "Traceback" not in err, (codes[-1], err[-1000:])
+        assert all(c == "\n" or c.isprintable() for c in out + "".join(errors))
+    for path, content in whole.items():
+        assert path in changed or path.name == "curves.png" or path.read_bytes() == content
+    assert {path for path in folder.rglob("*") if path.is_file() and ".curves.png." not in path.name} <= {*whole, folder / "run" / "curves.png"}
+    return codes
+
+
+@contextlib.contextmanager
+def put(stranger, name, content):
+    path = stranger[0] / "run" / name
+    path.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode())
+    try:
+        yield
+    finally:
+        path.unlink()
+        path.write_bytes(stranger[1][path])
+
+
+ACTIONS = {"config.json": ["--eval"], "checkpoint/prompts.json": ["--eval"], "metrics.jsonl": ["--plot"], "prompts.jsonl": ["--show-prompts"]}
+MANGLED = ["", "null", "[]", "{}", "5", "nul", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, "1e999", "[[]]", "\"\\u001b]0;evil\\u0007\"", b"\x00\xff\xfe", b"\xef\xbb\xbf{}"]
+WRONG = [None, True, -1, 10 ** 30, 1e308, math.nan, math.inf, "", EVIL, "\ud800", "9" * 300, [], {}, [[[]]], {EVIL: EVIL}]
+
+
+def test_a_strangers_folder_whole(stranger, capsys):
+    assert look_at(stranger, capsys, "--eval", "--plot", "--show-prompts") == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_a_strangers_mangled_files(stranger, capsys, monkeypatch, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for content in MANGLED:
+        with put(stranger, name, content):
+            assert look_at(stranger, capsys, *ACTIONS[name]) in ([0], [2])
+    path = stranger[0] / "run" / name
+    for replace in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("nowhere"), lambda path: None):
+        path.unlink()
+        replace(path)
+        try:
+            assert look_at(stranger, capsys, *ACTIONS[name]) == [2]
+        finally:
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+            path.write_bytes(stranger[1][path])
+
+
+def test_a_strangers_config(stranger, capsys, monkeypatch):
+    """Every setting with every wrong value."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    good = json.loads(stranger[1][stranger[0] / "run" / "config.json"])
+    for field in good["resolved"]:
+        for value in WRONG:
+            with put(stranger, "config.json", good | {"resolved": good["resolved"] | {field: value}}):
+                look_at(stranger, capsys, "--eval")
+    for resolved in ({}, good["resolved"] | {"unknown": 1}, {k: v for k, v in good["resolved"].items() if k != "lr"} | {"lr": "1"}):
+        with put(stranger, "config.json", good | {"resolved": resolved}):
+            assert look_at(stranger, capsys, "--eval") == [2]
+    for more in ({"steps": 10 ** 9}, {"eval_samples": 10 ** 9}, {"eval_problems": 10 ** 6, "eval_samples": 2}, {"task": "jsonl:/dev/zero"}, {"level": 9}):
+        with put(stranger, "config.json", good | {"resolved": good["resolved"] | more}):
+            assert look_at(stranger, capsys, "--eval") == [2]
+
+
+def test_a_strangers_rows(stranger, capsys, monkeypatch):
+    """Each value of a row replaced by each wrong one, or gone."""
+    rows = {name: [json.loads(line) for line in stranger[1][stranger[0] / "run" / name].decode().splitlines()] for name in ("metrics.jsonl", "prompts.jsonl")}
+    kinds = {row["kind"] + row.get("split", ""): row for row in rows["metrics.jsonl"]}
+    for row in (kinds["evalval"], kinds["step"]):                               # numbers that are hard to draw
+        for key, value in itertools.product({"step", "mean", "reward"} & row.keys(), (1e308, -1e308, math.nan, math.inf)):
+            with put(stranger, "metrics.jsonl", json.dumps(row) + "\n" + json.dumps(row | {key: value})):
+                look_at(stranger, capsys, "--plot")
+    monkeypatch.setattr(fst, "plot", lambda folders, path: fst.read_points(folders[0]))
+    for name, some in (("metrics.jsonl", kinds.values()), ("prompts.jsonl", rows["prompts.jsonl"][:1] + rows["prompts.jsonl"][-1:])):
+        for row in some:
+            for case in [row | {key: value} for i, key in enumerate(row) for value in WRONG[i % 3::3]] + [{k: v for k, v in row.items() if k != key} for key in row]:
+                with put(stranger, name, json.dumps(case)):
+                    look_at(stranger, capsys, *ACTIONS[name])
+    row = rows["prompts.jsonl"][0]
+    chain = [row | {"id": i, "parents": [i - 1] * (i > 0), "changes": [EVIL]} for i in range(3000)]
+    with put(stranger, "prompts.jsonl", "\n".join(map(json.dumps, chain))):
+        assert look_at(stranger, capsys, "--show-prompts") == [0]
+
+
+def test_a_strangers_prompts(stranger, capsys):
+    good = json.loads(stranger[1][stranger[0] / "run" / "checkpoint" / "prompts.json"])
+    first = good["candidates"][0]
+    example = {"question": "a", "answer": "b", "problem_id": "c"}
+    cases = [good | {key: value} for key in good for value in WRONG]
+    cases += [good | {"candidates": [first | {key: value}]} for i, key in enumerate(first) for value in WRONG[:: 1 if key == "system" else 4]]
+    cases += [good | {"candidates": [first | {"examples": [example | {key: value}]}]} for key in [*example, "more"] for value in WRONG[::4]]
+    cases += [good | {"candidates": [first | {"system": "a " * 100_000}]}, good | {"candidates": [first | {"scores": {"x": 1}}]}, good | {"candidates": []}]
+    for case in cases:
+        with put(stranger, "checkpoint/prompts.json", case):
+            look_at(stranger, capsys, "--eval")
+
+
+def test_a_strangers_links_are_not_followed(stranger, capsys, tmp_path):
+    """The curves are drawn into the folder, wherever links there lead."""
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    links = [stranger[0] / "run" / name for name in ("curves.png", f".curves.png.{os.getpid()}")]
+    for link in links:
+        link.unlink(missing_ok=True)
+        link.symlink_to(victim)
+    assert look_at(stranger, capsys, "--plot") == [0]
+    assert victim.read_text() == "years of work" and not links[0].is_symlink() and not links[1].exists()
 
 
 def test_check_and_eval(tmp_path, capsys, monkeypatch):
