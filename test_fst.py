@@ -1667,6 +1667,32 @@ def test_out_of_memory_repeats_the_step_in_smaller_micro_batches(tiny_run, monke
     assert again.micro_batch == 64
 
 
+def test_out_of_memory_ends_with_one_sentence(tmp_path, monkeypatch):
+    """On a card, below the least micro-batch; on a CPU at once, whichever way Python and PyTorch say it."""
+    sizes, flags = [], ["--method", "rl", "--out", tmp_path / "run", "--micro-batch", 300]
+
+    def fail(error):
+        def failing(model, *rest):
+            sizes.append(1)
+            raise error
+        monkeypatch.setattr(fst.Run, "descend", failing)
+        ended = run_fst(tmp_path, *flags, check=False)
+        assert ended.code == 2 and len(ended.err) == 1 and "out of memory" in ended.err[0] and "--micro-batch" in ended.err[0]
+
+    fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert len(sizes) == 3                                                      # 300, 150, 75 tokens
+    fail(MemoryError())
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2 ** 60)
+    fail(real.value)
+    fail(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes."))
+    monkeypatch.setattr(fst.Run, "descend", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):                            # is none of these
+        run_fst(tmp_path, *flags)
+    monkeypatch.undo()
+    assert run_fst(tmp_path, *flags).code == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A whole run: resumed, refused, drawn
 
@@ -1815,6 +1841,121 @@ SHORT = ["--method", "rl", "--steps", 2, "--cycle", 1]
 def one_sentence(ended):
     assert ended.code == 2 and len(ended.err) == 1 and "Traceback" not in ended.printed, ended.printed[-1000:]
     return ended.err[0]
+
+
+def test_a_disk_full_at_any_write(tmp_path, monkeypatch):
+    """One sentence, and with room again the same bytes: files of at most so many bytes, then each kind of call at its n-th time."""
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "whole")
+    sizes = {path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = sorted({1, 700, 2500, *sorted(size - 1 for size in sizes if size > 10_000)})
+    assert len(limits) >= 5
+    for limit in limits:
+        out = tmp_path / f"limit-{limit}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            ended = run_fst(tmp_path, *SHORT, "--out", out, check=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        one_sentence(ended)
+        run_fst(tmp_path, *SHORT, "--out", out)
+        assert what_counts(out) == what_counts(tmp_path / "whole")
+    for name, at in (("fsync", 1), ("fsync", 9), ("replace", 7), ("replace", 20)):
+        real, calls, out = getattr(os, name), [], tmp_path / f"{name}-{at}"
+
+        def full(*a):
+            calls.append(1)
+            if len(calls) == at:
+                raise OSError(28, "No space left on device")
+            return real(*a)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            assert "No space left" in one_sentence(run_fst(tmp_path, *SHORT, "--out", out, check=False))
+        run_fst(tmp_path, *SHORT, "--out", out)
+        assert what_counts(out) == what_counts(tmp_path / "whole")
+        assert not [path for path in out.rglob(".*")]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    folders = [tmp_path / "file" / "run", Path("/proc/self/run")]
+    if os.geteuid():                                                            # root may write anywhere
+        (tmp_path / "readonly").mkdir(mode=0o500)
+        folders += [tmp_path / "readonly", tmp_path / "readonly" / "run"]
+    for folder in folders:
+        one_sentence(run_fst(tmp_path, *SHORT, "--out", folder, check=False))
+
+
+def test_damaged_config_and_journals(tmp_path):
+    """Cut off or with a changed bit: named in one sentence, not used, and as they were before for whoever looks into it."""
+    run_fst(tmp_path, "--steps", 2, "--cycle", 1, "--out", tmp_path / "run")
+    again = lambda: run_fst(tmp_path, "--steps", 2, "--cycle", 1, "--out", tmp_path / "run", check=False)
+    for name in ("config.json", "metrics.jsonl", "prompts.jsonl", "rollouts.jsonl"):
+        path = tmp_path / "run" / name
+        whole = path.read_bytes()
+        digit = list(re.finditer(rb'"(?:eval_samples|samples|born|step)": ?[0-9]', whole))[-1].end() - 1
+        for damage in (b"", whole[:-1], whole[:len(whole) // 2], whole[:digit] + bytes([whole[digit] ^ 1]) + whole[digit + 1:]):
+            path.write_bytes(damage)
+            assert name in one_sentence(again()) and path.read_bytes() == damage
+        path.unlink()
+        if name != "config.json":
+            assert name in one_sentence(again())
+        path.write_bytes(whole)
+    assert again().code == 0
+
+
+def test_clocks_may_jump(tmp_path, monkeypatch):
+    """Backwards, forwards, or not at all: times in the log make no sense then, and nothing else is touched."""
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "whole")
+    rng = random.Random(0)
+    for i, clock in enumerate((lambda: 5.0, lambda: rng.uniform(-1e9, 1e9))):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "perf_counter", clock)
+            patch.setattr(time, "time", clock)
+            patch.setattr("tqdm.std.time", clock)
+            run_fst(tmp_path, *SHORT, "--out", tmp_path / f"run-{i}")
+        assert what_counts(tmp_path / f"run-{i}") == what_counts(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["sampling", "saving"])
+def test_ctrl_c_twice_stops_at_once(tmp_path, monkeypatch, where):
+    """Exit status 130, what was last saved is kept, and the same bytes in the end."""
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "whole")
+    owner, name = {"sampling": (rollout.Sampler, "admit"), "saving": (os, "fsync")}[where]
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*a):
+        calls.append(1)
+        if len(calls) == 12:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return real(*a)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        ended = run_fst(tmp_path, *SHORT, "--out", tmp_path / "cut", check=False)
+    assert ended.code == 130 and not ended.err and len(calls) == 12
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "cut")
+    assert what_counts(tmp_path / "cut") == what_counts(tmp_path / "whole")
+
+
+def test_the_same_command_gives_the_same_bytes_and_threads_only_round(tmp_path):
+    """What README says of determinism on a CPU."""
+    for name in ("one", "two"):
+        run_fst(tmp_path, "--out", tmp_path / name)
+    assert what_counts(tmp_path / "one") == what_counts(tmp_path / "two")
+    ours, tokenizer = load(tmp_path / "model")
+    prompts, threads, drawn = [random_ids(40, i // 4) for i in range(32)], torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            drawn.append(Sampler(ours, tokenizer).generate(prompts, 24, 1.0, 0))
+    finally:
+        torch.set_num_threads(threads)
+    for other in drawn[1:]:
+        assert [c.tokens for c in other] == [c.tokens for c in drawn[0]]
+        assert max(abs(x - y) for a, b in zip(other, drawn[0]) for x, y in zip(a.logprobs, b.logprobs)) < 1e-5
 
 
 # ---- what a stranger or a model may have written ---------------------------------------------------------------------
