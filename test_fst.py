@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import types
+from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -2440,12 +2441,17 @@ def test_carried_prompts_leave_room_for_children():
 
 def test_a_good_rewrite_wins_and_its_operator_is_drawn_more():
     better = lambda rng: f"<think>\nHmm.\n```\nNo.\n```\n</think>\nSure:\n```\nYou are a helpful assistant. Work carefully{'!' * rng.randint(1, 99)}\n```"
+    successes, asked = Counter(), Counter()
     for seed in range(5):
         model = Model(base=0.1, example=0, quality=0, lesson=0, reply=better)
         population, _, _ = run(model, seed, n=96)
         assert "carefully" in population.contexts[0].system
-        successes, failures = zip(*population.operators.values())
-        assert successes[0] / (successes[0] + failures[0]) > 0.25
+        for name, (good, bad) in population.operators.items():
+            successes[name] += good
+            asked[name] += good + bad
+    others = [name for name in asked if name != "rewrite"]
+    assert asked["rewrite"] > max(asked[name] for name in others)
+    assert successes["rewrite"] / asked["rewrite"] > 1.25 * sum(successes[name] for name in others) / sum(asked[name] for name in others)
     chat = model.chats[0]
     assert [m["role"] for m in chat] == ["system", "user"] and "You are a helpful assistant." in chat[1]["content"]
     assert chat[1]["content"].count("Feedback:") == 3 and FORMAT in chat[1]["content"]
