@@ -119,7 +119,7 @@ def resolve(config):
     plain = all(name == "arithmetic" for name in names)
     for field, value in dict(
             steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
-            max_new_tokens=48 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
+            max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
             micro_batch=1024 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
             prompt_tokens=(200 if plain else 1024) if cpu else 2048, reflection_tokens=160 if cpu else 1024).items():
@@ -140,6 +140,8 @@ def resolve(config):
     for one, other in (("batch", "group"), ("eval_problems", "eval_samples")):
         if getattr(c, one) * getattr(c, other) > MOST:
             raise ValueError(f"--{one.replace('_', '-')} times --{other.replace('_', '-')} must be at most {MOST:,}")
+    if c.lr > 1:
+        raise ValueError(f"--lr {c.lr:g} moves every weight by more than 1: it must be at most 1")
     if c.temperature == 0:
         raise ValueError("--temperature 0 gives every rollout of a group the same text, from which nothing can be learnt")
     if c.method != "rl" and c.group % c.prompts:
@@ -249,25 +251,20 @@ class Learner:
 
     @torch.no_grad()
     def update(self):
-        """One step of AdamW. Where it would leave anything that is not finite, or breaks off, nothing has moved."""
-        before, updates, done = {name: t.clone() for name, t in self.tensors().items()}, self.updates, False
-        try:
-            self.updates += 1
-            self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, self.updates / max(self.warmup, 1))
-            self.optimizer.step()
-            self.refresh()
-            done = all(t.isfinite().all() for t in (*self.tensors().values(), *self.weights.values()))
-            if not done:
-                raise FloatingPointError("the weights after the update are not finite")
-        finally:
-            if not done:
-                self.restore(before.get, before, updates)
-            self.discard()
+        """One step of AdamW. What it allocates, the moments of its first time, it allocates before anything moves."""
+        self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
+        self.optimizer.step()
+        self.updates += 1
+        self.discard()
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self):
         for name, p in self.weights.items():
             p.copy_(self.masters[name])
+
+    def finite(self):
+        return torch.stack([m.sum() for m in self.masters.values()]).isfinite().all().item()      # a sum keeps NaN and Inf
 
     def tensors(self):
         """Everything that an update depends on, for the saved state."""
@@ -284,8 +281,6 @@ class Learner:
             m.copy_(read(f"master.{name}"))
             if f"step.{name}" in names:
                 self.optimizer.state[m] = {key: read(f"{key}.{name}").to(m.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-            else:
-                self.optimizer.state.pop(m, None)
         self.refresh()
 
 
@@ -475,17 +470,19 @@ class Run:
         row = {key: value / (1 if key == "loss" else judged if key == "kl_reference" else tokens) for key, value in sums.items()
                if judged or key != "kl_reference"}
         row["gradient_norm"] = self.learner.gradient_norm()
-        try:
-            for key in ("loss", "gradient_norm"):
-                if not math.isfinite(row[key]):
-                    raise FloatingPointError(f"the {key.replace('_', ' ')} is not finite")
-            self.learner.update()
-            self.refused = 0
-        except FloatingPointError as error:               # no update is better than a ruined one
+        bad = [key.replace("_", " ") for key in ("loss", "gradient_norm") if not math.isfinite(row[key])]
+        if bad:                                           # no update is better than a ruined one
             self.learner.discard()
             self.refused += 1
-            row = {key: value for key, value in row.items() if math.isfinite(value)} | {"refused": str(error), "refusals": self.refused}
-            say(f"{error}: this update is refused, the {self.refused}. in a row")
+            row = {key: value for key, value in row.items() if math.isfinite(value)}
+            row |= {"refused": f"the {bad[0]} is not finite", "refusals": self.refused}
+            say(f"{row['refused']}: this update is refused, the {self.refused}. in a row")
+        else:
+            self.learner.update()
+            self.refused = 0
+            if not self.learner.finite():                 # a finite gradient cannot do that: it takes a damaged machine or file
+                raise FloatingPointError(f"the weights are not finite after update {self.learner.updates}: "
+                                         "the last good state is on disk, and the same command goes on from there")
         return {"trained_rows": len(rows), "updates": self.learner.updates, **row}
 
     def within_memory(self, train):
@@ -607,9 +604,9 @@ class Run:
                 os.fsync(file.fileno())
             journals[name] = length_and_digest((self.folder / name).read_bytes())
         tensors = self.learner.tensors() if self.learner else {"none": torch.zeros(1)}
-        state = {"config": dataclasses.asdict(self.config), "micro_batch": self.micro_batch, "done": self.done, "spent": self.spent, "refused": self.refused, "finished": self.finished,
-                 "population": self.population.to_json(), "updates": self.learner.updates if self.learner else 0,
-                 "journals": journals}
+        state = {"config": dataclasses.asdict(self.config), "micro_batch": self.micro_batch, "done": self.done, "spent": self.spent,
+                 "refused": self.refused, "finished": self.finished, "population": self.population.to_json(),
+                 "updates": self.learner.updates if self.learner else 0, "journals": journals}
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "state.safetensors"
         text = json.dumps(state)
