@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import reflect
-from model import load, reading, replace_file, save
+from model import load, reading, replace_file, return_freed_memory, save
 from rollout import TASKS, Context, Sampler, ask, get_task, score, share
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +84,9 @@ class Config:
     # slow weights
     loss: str = setting("cispo", f"one of {', '.join(LOSSES)}", "paper")
     cap: float = setting(4.0, "CISPO's cap on the importance weight", "paper")
-    lr: float = setting(4e-5, "AdamW's learning rate", "paper: not known; SmolLM2 learns well at it, larger models want less")
+    lr: float = setting(4e-5, "AdamW's learning rate at its highest; it falls to 0 over a task's steps",
+                        "paper: not known; SmolLM2 learns well at it, larger models want less")
+    clip: float = setting(1.0, "largest norm of the gradient", "usual")
     warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
     micro_batch: int = setting(None, "tokens in one forward and backward pass", "ours by device")
@@ -118,17 +120,17 @@ def resolve(config):
         raise ValueError(f"no device {c.device!r} here: PyTorch finds {'CUDA' if torch.cuda.is_available() else 'only the CPU'}")
     plain = all(name == "arithmetic" for name in names)
     for field, value in dict(
-            steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
+            steps=(18 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
             micro_batch=1024 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
-            prompt_tokens=(200 if plain else 1024) if cpu else 2048, reflection_tokens=160 if cpu else 1024).items():
+            prompt_tokens=(320 if plain else 1024) if cpu else 2048, reflection_tokens=160 if cpu else 1024).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
     c.warmup = min(10, c.steps // 4) if c.warmup is None else c.warmup
     c.model, c.why_model = choose_model(c) if c.model == "auto" else (c.model, "as asked")
     c.out = c.out or f"runs/{c.task.replace(':', '-').replace('/', '-').replace(',', '+')}-{c.method}-{c.seed}"
-    for field in ("steps", "cycle", "batch", "group", "prompts", "max_new_tokens", "slots", "cap", "lr", "micro_batch", "level",
+    for field in ("steps", "cycle", "batch", "group", "prompts", "max_new_tokens", "slots", "cap", "lr", "clip", "micro_batch", "level",
                   "prompt_tokens", "reflection_tokens", "eval_problems", "eval_samples", "save_every"):
         if not getattr(c, field) > 0:
             raise ValueError(f"--{field.replace('_', '-')} must be above 0, not {getattr(c, field)}")
@@ -242,17 +244,25 @@ class Learner:
         master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
 
-    def gradient_norm(self):
-        return torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None]).item()
+    def clip(self, most):
+        """Scales the gradient to a norm of at most `most`: a batch with signal in few groups has a large one, and is no better for
+        it. Returns the norm that it had."""
+        masters = [m for m in self.masters.values() if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm([m.grad for m in masters])
+        torch.nn.utils.clip_grads_with_norm_(masters, most, norm)
+        return norm.item()
 
     def discard(self):
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)            # not yet collected when a backward pass broke off
 
+    def rate(self):
+        return self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
+
     @torch.no_grad()
     def update(self):
         """One step of AdamW. What it allocates, the moments of its first time, it allocates before anything moves."""
-        self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
+        self.optimizer.param_groups[0]["lr"] = self.rate()
         self.optimizer.step()
         self.updates += 1
         self.discard()
@@ -381,11 +391,13 @@ class Run:
         """One batch, one update: rollouts under every prompt, advantages over the group, CISPO, AdamW."""
         c, start = self.config, time.perf_counter()
         contexts, problems = self.contexts(task), self.batch(task, step)
+        self.learner.lr = c.lr * (1 - step / c.steps)     # linear decay: at a constant rate the entropy collapses, then accuracy
         teachers = contexts
         if c.method == "distill":                         # the student is asked with the seed prompt alone
             contexts = [Context(self.tasks[task].seed_prompt)]
         jobs = [(contexts[g * len(contexts) // c.group], problem) for problem in problems for g in range(c.group)]
         rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, 1, step), "sample")
+        return_freed_memory()                             # training wants blocks of other sizes
         sampled = time.perf_counter()
         rewards = torch.tensor([r.reward for r in rollouts]).view(len(problems), c.group)
         if c.method == "distill":
@@ -469,7 +481,7 @@ class Run:
         tokens, judged = sums.pop("tokens"), sums.pop("judged")
         row = {key: value / (1 if key == "loss" else judged if key == "kl_reference" else tokens) for key, value in sums.items()
                if judged or key != "kl_reference"}
-        row["gradient_norm"] = self.learner.gradient_norm()
+        row |= {"gradient_norm": self.learner.clip(c.clip), "lr": self.learner.rate()}
         bad = [key.replace("_", " ") for key in ("loss", "gradient_norm") if not math.isfinite(row[key])]
         if bad:                                           # no update is better than a ruined one
             self.learner.discard()
@@ -659,6 +671,7 @@ class Run:
                     raise FloatingPointError(f"{self.refused} updates in a row were refused, at last as {row['refused']}; "
                                              "the last good state is on disk: start anew with a lower --lr")
                 self.after(kind, task)
+                return_freed_memory()
         if self.stop:
             self.save()
             return False
@@ -734,7 +747,7 @@ def describe(row):
         value = lambda key: row.get(key, math.nan)        # a batch without signal has none of these
         return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  "
                 f"length {row['length']:.0f}  entropy {value('entropy'):.2f}  KL base {value('kl_reference'):.4f}  "
-                f"|grad| {value('gradient_norm'):.2f}  "
+                f"|grad| {value('gradient_norm'):.2f}  lr {value('lr'):.1e}  "
                 f"{row['tokens_per_second']:.0f} tok/s  {row['sample_seconds']:.0f}+{row['train_seconds']:.0f} s")
     return (f"fast {row['cycle']:5d}  {row['candidates']} candidates, {row['accepted']} accepted, {row['rollouts_used']} rollouts; "
             f"best prompt {row['best']:.1%} of the anchors, kept {row['kept']}  {row['seconds']:.0f} s")

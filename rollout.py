@@ -17,6 +17,7 @@ import random
 import re
 import sys
 import urllib.request
+from collections import defaultdict
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -505,7 +506,8 @@ class Block:
         if len(prefix) < P:
             self.shared = [part and tuple(x[prefix] for x in part) for part in self.shared]
         move = lambda x, value: F.pad(x[source // S, :, source % S].transpose(1, 2).flip(-2), (0, 0, self.GROWTH, 0), value=value).flip(-2)
-        self.own = [[move(x, 0.0) for x in layer] for layer in self.own]
+        for layer in self.own:                            # one after another: the old and the new of only one are held at a time
+            layer[:] = [move(x, 0.0) for x in layer]
         self.mask = move(self.mask.transpose(-1, -2), -torch.inf).transpose(-1, -2)
         self.slot = p * width + s
 
@@ -562,7 +564,7 @@ class Sampler:
             while waiting or blocks:
                 free = self.slots - sum(len(block.row) for block in blocks)
                 if waiting and free >= min(len(waiting), self.slots / 2):
-                    blocks.append(self.admit(waiting[:free], prompts))
+                    blocks += self.admit(waiting[:free], prompts)
                     waiting = waiting[free:]
                 else:
                     self.decode(blocks)
@@ -589,10 +591,15 @@ class Sampler:
             return layout.attend(index, q, k, v)
 
         hidden = self.model.hidden(layout.tokens, layout.positions, attend)
-        block = Block(rows, [prompts[row] for row in rows], [layout.path(last[prompts[row]]) for row in rows], cache, 0)
-        ends = [layout.slices[last[prompts[row]]].stop - 1 for row in rows]
-        self.advance(block, hidden[ends])
-        return block
+        # A block is a rectangle, of prefixes and rows under each: runs of one row and of a hundred would leave most of it vacant.
+        classes = defaultdict(list)
+        for first, stop, _ in share([prompts[row] for row in rows]):
+            classes[(stop - first).bit_length()] += rows[first:stop]
+        blocks = []
+        for rows in classes.values():
+            blocks.append(Block(rows, [prompts[row] for row in rows], [layout.path(last[prompts[row]]) for row in rows], cache, 0))
+            self.advance(blocks[-1], hidden[[layout.slices[last[prompts[row]]].stop - 1 for row in rows]])
+        return blocks
 
     def decode(self, blocks):
         """One more token for every live row."""

@@ -1586,6 +1586,32 @@ def test_distill_moves_towards_the_teacher(tiny_run):
         assert gap() < 0.9 * before
 
 
+def test_the_gradient_is_clipped_to_its_norm(tmp_path):
+    write_checkpoint(tmp_path, "llama-tied")
+    learner = fst.Learner(load(tmp_path)[0], lr=1e-3, warmup=0)
+    gradients = [torch.randn_like(m) for m in learner.masters.values()]
+    norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients))
+    for most, scale in ((2 * norm, 1), (norm / 4, 1 / 4)):
+        for m, g in zip(learner.masters.values(), gradients):
+            m.grad = g.clone()
+        assert learner.clip(most) == pytest.approx(norm, rel=1e-5)              # the norm before
+        for m, g in zip(learner.masters.values(), gradients):
+            torch.testing.assert_close(m.grad, scale * g, rtol=1e-5, atol=0)
+
+
+def test_the_learning_rate_rises_over_updates_and_falls_over_steps(tiny_run, monkeypatch):
+    """Warm-up over 2 updates times a linear fall over the 4 steps of a task; a batch without signal is a step but no update."""
+    run = tiny_run("--method", "rl", "--warmup", 2, "--steps", 4, "--lr", 1e-3)
+    rates, update = [], fst.Learner.update
+    monkeypatch.setattr(fst.Learner, "update", lambda self: (update(self), rates.append(self.optimizer.param_groups[0]["lr"])))
+    real = run.reinforce
+    for step in range(4):                                                       # every answer of the second batch is wrong
+        run.reinforce = lambda rollouts, rewards: real(rollouts, torch.zeros(3, 4) if step == 1 else torch.tensor([[1.0, 0, 0, 1]] * 3))
+        row = run.slow(0, step)
+        assert row.get("lr") == (None if step == 1 else rates[-1])
+    assert rates == pytest.approx([1e-3 * 1 / 2 * 1, 1e-3 * 1 * 2 / 4, 1e-3 * 1 * 1 / 4])
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
 def test_bad_updates_are_refused(tiny_run, monkeypatch, where):
     """No weight, moment or count moves, the row says what was wrong, and the same step is taken when it no longer is."""
