@@ -28,9 +28,8 @@ from rollout import Context, Example
 
 OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
-DRAFTS = 4                # contexts drafted in a generation for each that is asked, where their likelihood is known,
-GENERATIONS = 2           # how often the likeliest drafts are edited further,
-PROBES = 8                # and the most anchors whose solutions' likelihood counts
+DRAFTS = 3                # contexts drafted for each that is asked, where their likelihood is known,
+PROBES = 16               # and the most anchors whose solutions' likelihood counts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The population
@@ -436,15 +435,12 @@ class Search:
 
     def climb(self, operator, parent, barred, slots):
         """Up to `slots` children of the parent by one operator. Where the likelihood of known solutions is to be had, which costs no
-        rollout, many are drafted, the best of them are edited further, and the best of all are proposed."""
-        liking, start = {}, [parent.context]
+        rollout, more are drafted, and the best of them are proposed."""
         before = {c.context for c in self.candidates}
-        for _ in range(GENERATIONS if self.probes else 1):
-            drafts = [operator(self.rng.choice(start), barred) for _ in range(slots * (DRAFTS if self.probes else 1))]
-            drafts = [d for d in dict.fromkeys(drafts) if d not in liking and d not in before and self.count(d) <= self.prompt_tokens]
-            liking |= self.likings(drafts)
-            start = sorted(liking, key=liking.get, reverse=True)[:slots] or start
-        children = [self.add(context, parent, operator.__name__) for context in start if context in liking]
+        drafts = [operator(parent.context, barred) for _ in range(slots * (DRAFTS if self.probes else 1))]
+        drafts = [d for d in dict.fromkeys(drafts) if d not in before and self.count(d) <= self.prompt_tokens]
+        liking = self.likings(drafts)
+        children = [self.add(context, parent, operator.__name__) for context in sorted(drafts, key=liking.get, reverse=True)[:slots]]
         self.liking |= {child: liking[child.context] for child in children}
         return children
 
