@@ -457,12 +457,11 @@ def prefix_segments(prompts):
 
 class Block:
     """Rows that were admitted together, with their keys and values: P prefixes, up to S rows under each. A row's own part of
-    the cache holds the rest of its prompt, moved to the right so that all rows write their next token at the same place."""
-    GROWTH = 16               # tokens that the cache grows by; each time it does, finished rows leave it
+    the cache holds the rest of its prompt, moved to the right so that all rows write their next token in the same column."""
 
-    def __init__(self, rows, prompts, paths, cache, start):
+    def __init__(self, rows, prompts, paths, cache):
         """rows: ids, sorted by prompt; prompts, paths: of each row, its tokens and where they lie in the prefill's `cache`,
-        a list of (k, v) [tokens, kv_heads, head_dim] per layer; start: number of new tokens so far."""
+        a list of (k, v) [tokens, kv_heads, head_dim] per layer."""
         runs = share(prompts)
         device, dtype = cache[0][0].device, cache[0][0].dtype
         P, S = len(runs), max(stop - first for first, stop, _ in runs)
@@ -487,15 +486,20 @@ class Block:
         self.own = [[x[own].permute(0, 3, 1, 2, 4) for x in layer] for layer in cache]        # [P, kv_heads, S, near, head_dim]
         self.row = torch.tensor(rows, device=device)                                          # [live]
         self.slot = torch.tensor(slot, device=device)                                         # [live], p * S + s
-        self.position = torch.tensor([len(p) for p in prompts], device=device)                # [live], of the next token
-        self.new, self.length = start, near
+        self.prompt = torch.tensor([len(p) for p in prompts], device=device)                  # [live], in tokens
+        self.new = torch.zeros(1, dtype=torch.long, device=device)                            # number of tokens sampled so far
+        self.count, self.near = 0, near                                                       # count: the same, without asking the device
+        self.first = rows[0]                                                                  # which no other block of the call has
 
     def keep(self, alive):
         """Rows where alive [live] is False leave the linear layers now, and the cache when it next grows."""
-        self.row, self.slot, self.position = self.row[alive], self.slot[alive], self.position[alive]
+        self.row, self.slot, self.prompt = self.row[alive], self.slot[alive], self.prompt[alive]
 
-    def grow(self):
-        """Lays the cache out anew: without the finished rows, with room for GROWTH more tokens."""
+    def full(self):
+        return self.near + self.count - 1 == self.mask.shape[-1]          # the last token sampled has no keys and values yet
+
+    def grow(self, room):
+        """Lays the cache out anew: without the finished rows, with room for that many more tokens."""
         P, _, S, _, near = self.mask.shape
         prefix, counts = (self.slot // S).unique_consecutive(return_counts=True)              # those that still have rows
         width = int(counts.max())
@@ -505,17 +509,23 @@ class Block:
         source[p, s] = self.slot
         if len(prefix) < P:
             self.shared = [part and tuple(x[prefix] for x in part) for part in self.shared]
-        move = lambda x, value: F.pad(x[source // S, :, source % S].transpose(1, 2).flip(-2), (0, 0, self.GROWTH, 0), value=value).flip(-2)
+        move = lambda x, value: F.pad(x[source // S, :, source % S].transpose(1, 2).flip(-2), (0, 0, room, 0), value=value).flip(-2)
         for layer in self.own:                            # one after another: the old and the new of only one are held at a time
             layer[:] = [move(x, 0.0) for x in layer]
         self.mask = move(self.mask.transpose(-1, -2), -torch.inf).transpose(-1, -2)
         self.slot = p * width + s
 
+    def begin(self):
+        """Before one new token per live row: its column in the cache, which all may see from now on."""
+        S, column = self.mask.shape[2], self.near + self.new - 1                              # column [1]
+        self.place = self.slot // S, slice(None), self.slot % S, column
+        self.mask.index_fill_(-1, column, 0)
+
     def attend(self, index, q, k, v):
         """One new token per live row: q [live, heads, head_dim], k and v [live, kv_heads, head_dim]."""
         P, _, S, _, _ = self.mask.shape
         for cache, x in zip(self.own[index], (k, v)):
-            cache[self.place[0], :, self.place[1], self.length] = x
+            cache[self.place] = x
         padded = q.new_zeros(P * S, *q.shape[1:])
         padded[self.slot] = q
         out = attention(padded.view(P, S, 1, *q.shape[1:]), *self.own[index], self.mask, self.shared[index])
@@ -531,7 +541,9 @@ class Sampler:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         # A finished row is dropped at once on a CPU, where each row costs; on a GPU asking which are finished would wait for the
         # device at every token, so it is asked only when the cache grows.
-        self.patience = 1 if model.embedding.device.type == "cpu" else Block.GROWTH
+        self.cuda = model.embedding.device.type == "cuda"
+        self.room = 128 if self.cuda else 16                                                  # tokens that the cache grows by
+        self.patience = self.room if self.cuda else 1
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None):
@@ -555,6 +567,7 @@ class Sampler:
         self.end = torch.zeros(len(prompts), dtype=torch.long, device=device)                 # 0 while a row is alive
         self.stop = torch.tensor(self.tokenizer.stop_ids, device=device)
         self.temperature = temperature
+        self.layout = self.graph = None                                                       # of `decode` on CUDA
 
         training = self.model.training
         self.model.eval()
@@ -569,13 +582,14 @@ class Sampler:
                 else:
                     self.decode(blocks)
                 for block in blocks:
-                    if block.new % self.patience == 0 or block.new == max_new_tokens:
+                    if (block.count - 1) % self.patience == 0 or block.count == max_new_tokens:
                         alive = self.end[block.row] == 0
                         if not alive.all():
                             bar.update(int((~alive).sum()))
                             block.keep(alive)
                 blocks = [block for block in blocks if len(block.row)]
         self.model.train(training)
+        self.graph = None                                 # and with it the memory that it computes in
 
         stopped = torch.isin(self.tokens.gather(1, self.end[:, None] - 1)[:, 0], self.stop).tolist()
         return [Completion(t[:n], l[:n], s) for t, l, n, s in
@@ -597,27 +611,46 @@ class Sampler:
             classes[(stop - first).bit_length()] += rows[first:stop]
         blocks = []
         for rows in classes.values():
-            blocks.append(Block(rows, [prompts[row] for row in rows], [layout.path(last[prompts[row]]) for row in rows], cache, 0))
+            blocks.append(Block(rows, [prompts[row] for row in rows], [layout.path(last[prompts[row]]) for row in rows], cache))
             self.advance(blocks[-1], hidden[[layout.slices[last[prompts[row]]].stop - 1 for row in rows]])
+            blocks[-1].count += 1
         return blocks
 
     def decode(self, blocks):
-        """One more token for every live row."""
+        """One more token for every live row.
+
+        On CUDA the step is captured as a graph and replayed until the layout of rows and cache changes: its kernels, more than a
+        thousand, then cost one launch. A layout's first step runs as it is, since libraries cannot set themselves up in a capture."""
         for block in blocks:
-            if block.length == block.mask.shape[-1]:
-                block.grow()
-            block.mask[..., block.length] = 0
-            block.place = block.slot // block.mask.shape[2], block.slot % block.mask.shape[2]
+            if block.full():
+                block.grow(min(self.room, self.tokens.shape[1] - block.count))
+        layout = [(block.first, len(block.row), block.mask.shape) for block in blocks]
+        if not self.cuda or layout != self.layout:
+            self.layout, self.graph = layout, None
+            self.step(blocks)
+        else:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):        # records, and computes nothing
+                    self.step(blocks)
+            self.graph.replay()
+        for block in blocks:
+            block.count += 1
+
+    def step(self, blocks):
+        """What `decode` computes: the same operations on the same tensors for every token of a layout. Nothing here waits for the
+        device, takes its shape from a tensor's values, or replaces a tensor that the next token reads."""
+        for block in blocks:
+            block.begin()
         parts = [len(block.row) for block in blocks]
 
         def attend(index, q, k, v):
             return torch.cat([block.attend(index, *x) for block, *x in zip(blocks, q.split(parts), k.split(parts), v.split(parts))])
 
         tokens = torch.cat([self.tokens[block.row, block.new - 1] for block in blocks])
-        hidden = self.model.hidden(tokens, torch.cat([block.position for block in blocks]), attend)
+        positions = torch.cat([block.prompt + block.new - 1 for block in blocks])
+        hidden = self.model.hidden(tokens, positions, attend)
         for block, h in zip(blocks, hidden.split(parts)):
-            block.length += 1
-            block.position = block.position + 1
             self.advance(block, h)
 
     def advance(self, block, hidden):
@@ -626,7 +659,7 @@ class Sampler:
         logits = self.model.linear(hidden, self.model.output_weight()).float()                # [live, vocab]
         token, logprob = pick(logits, self.uniform[row, new], self.temperature)
         self.tokens[row, new], self.logprobs[row, new] = token, logprob
-        done = torch.isin(token, self.stop) | (new + 1 >= self.limit[row])
+        done = (token[:, None] == self.stop).any(-1) | (new + 1 >= self.limit[row])
         self.end[row] = torch.where(done & (self.end[row] == 0), new + 1, self.end[row])
         block.new += 1
 

@@ -36,6 +36,8 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fst
 import model
@@ -1177,19 +1179,64 @@ def naive_sample(theirs, prompt, stop_ids, limit, temperature, uniform):
     return tokens, logprobs, False
 
 
+class Tape(TorchDispatchMode):
+    """torch.cuda.CUDAGraph and torch.cuda.graph on a CPU: it records each operation with its very tensors, and replays them without
+    any Python between; what would make a capture fail, or go stale, it refuses."""
+    REFUSED = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "isin", "unique", "repeat_interleave", "lift")
+    latest = captures = replays = 0
+
+    def __new__(cls, graph=None):                          # both names: torch.cuda.graph(graph) is a context, and the graph is one
+        return graph or super().__new__(cls)
+
+    def __init__(self, graph=None):
+        if graph is None:
+            super().__init__()
+            self.calls, self.ran = [], False
+            Tape.captures += 1
+
+    def __torch_dispatch__(self, function, _, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(getattr(x, "dtype", None) == torch.bool for x in tree_leaves(arguments[1:2]))
+        assert not name.startswith(self.REFUSED) and not by_mask, f"{name} waits for the device, or its shape depends on values"
+        out = function(*arguments, **(options or {}))
+        self.calls.append((function, arguments, options or {}, out))
+        return out
+
+    def replay(self):
+        for function, arguments, options, out in self.calls if self.ran else ():       # the capture itself has computed, unlike on CUDA
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*arguments, **options))):
+                if old.data_ptr() != new.data_ptr():                                    # neither a view nor in place: into the old memory
+                    old.copy_(new)
+        self.ran, Tape.replays = True, Tape.replays + 1
+
+
+def captured(ours, tokenizer, monkeypatch, slots, room=8):
+    """A Sampler that works as it does on CUDA, its graphs being tapes."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", Tape)
+    Tape.captures = Tape.replays = 0
+    sampler = Sampler(ours, tokenizer, slots)
+    sampler.cuda, sampler.room, sampler.patience = True, room, room
+    return sampler
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
-def test_the_sampler_equals_sampling_by_hand(pair, temperature):
-    """1, 2, 3, 5, 18: cached, ragged, shared and retired, it draws the very tokens that one row alone draws."""
+def test_the_sampler_equals_sampling_by_hand(pair, monkeypatch, temperature):
+    """1, 2, 3, 5, 18: cached, ragged, shared, admitted and retired, it draws the very tokens that one row alone draws. So does its
+    step as CUDA captures it, which never waits for the device, in its replay."""
     ours, tokenizer, theirs = pair
     prompts = [tuple(prompt) for prompt, _ in rows_that_share()][:9] + [tuple(random_ids(3, 9))]
     stop_ids = tuple(range(0, 1100, 17))                                       # several, so that rows end at different times
     tokenizer = SimpleNamespace(stop_ids=stop_ids, encode=tokenizer.encode)
     completions = Sampler(ours, tokenizer).generate(prompts, 40, temperature, seed=3)
+    replayed = [captured(ours, tokenizer, monkeypatch, slots).generate(prompts, 40, temperature, seed=3) for slots in (3, 6, 64)]
+    assert Tape.replays > 4 * Tape.captures > 0
     draws = rollout.uniforms(prompts, 40, 3)
-    for prompt, completion, uniform in zip(prompts, completions, draws):
+    for prompt, uniform, *all_completions in zip(prompts, draws, completions, *replayed):
         tokens, logprobs, stopped = naive_sample(theirs, prompt, stop_ids, 40, temperature, uniform)
-        assert completion.tokens == tokens and completion.stopped == stopped
-        assert np.allclose(completion.logprobs, logprobs, atol=1e-4)
+        for completion in all_completions:
+            assert completion.tokens == tokens and completion.stopped == stopped
+            assert np.allclose(completion.logprobs, logprobs, atol=1e-4)
     assert any(c.stopped for c in completions)
     assert all(set(c.tokens[:-1]).isdisjoint(stop_ids) for c in completions)
 
@@ -1208,6 +1255,27 @@ def test_neighbours_slots_and_order_do_not_matter(tiny):
     assert sorted((prompts[i], c.tokens) for i, c in zip(order, shuffled)) == sorted((p, c.tokens) for p, c in zip(prompts, whole))
     last = next(i for i, p in enumerate(prompts) if p not in prompts[:i] and i > 5)
     assert Sampler(ours, tokenizer).generate([prompts[last]], 50, seed=5)[0].tokens == whole[last].tokens
+
+
+def test_a_capture_refuses_what_waits_for_the_device():
+    """That is, the tape above would notice."""
+    for wrong in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool((x > 0).all()), lambda x: x.nonzero(), lambda x: x[x > 0].fill_(2),
+                  lambda x: x + torch.tensor([1.0]), lambda x: x[torch.tensor(0)]):
+        with pytest.raises(AssertionError, match="waits for the device"), Tape():
+            wrong(torch.ones(3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_captured_decoding_on_cuda(tmp_path):
+    """Captured equals eager, to the bit: the same kernels."""
+    write_checkpoint(tmp_path, "qwen3")
+    ours, tokenizer = load(tmp_path, "cuda")
+    tokenizer = SimpleNamespace(stop_ids=tuple(range(0, 1100, 23)))
+    prompts = [tuple(prompt) for prompt, _ in rows_that_share()] * 3
+    for slots in (5, 64):
+        captured, eager = Sampler(ours, tokenizer, slots), Sampler(ours, tokenizer, slots)
+        eager.cuda = False                                 # same room and patience, no graph
+        assert captured.cuda and captured.generate(prompts, 300, seed=5) == eager.generate(prompts, 300, seed=5)
 
 
 def test_samples_differ_within_a_group_and_between_seeds(tiny):
