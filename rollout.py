@@ -29,6 +29,12 @@ from tqdm import tqdm
 
 from model import Layout, attention, token_logprobs
 
+try:                          # comes with PyTorch for CUDA
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -392,29 +398,52 @@ class Completion:
     stopped: bool             # ended by a stop token; False: cut off at the limit
 
 
+def block_sums(blocks, scale):
+    """blocks of logits [rows, blocks, size] -> the largest of each block, times scale, and the sum of exp(scale * logit - largest),
+    both [rows, blocks] in fp32."""
+    if triton and blocks.is_cuda:                         # the same, read once
+        largest, sums = (torch.empty(blocks.shape[:2], device=blocks.device) for _ in range(2))
+        block_sums_kernel[(triton.cdiv(largest.numel(), 16),)](blocks, largest, sums, largest.numel(), scale, blocks.shape[2], 16)
+        return largest, sums
+    scaled = blocks.float() if scale == 1 else blocks.float() * scale
+    largest = scaled.amax(-1)                                                                 # [rows, blocks]
+    return largest, (scaled - largest[..., None]).exp_().sum(-1)
+
+
+if triton:
+    @triton.jit
+    def block_sums_kernel(logits, largest, sums, count, scale, size: tl.constexpr, many: tl.constexpr):
+        block = tl.program_id(0) * many + tl.arange(0, many)                                  # [many] of the `count` blocks
+        where = block[:, None].to(tl.int64) * size + tl.arange(0, size)[None, :]
+        x = tl.load(logits + where, mask=block[:, None] < count, other=0.0).to(tl.float32) * scale
+        top = tl.max(x, 1)
+        tl.store(largest + block, top, mask=block < count)
+        tl.store(sums + block, tl.sum(tl.exp(x - top[:, None]), 1), mask=block < count)
+
+
 def pick(logits, uniform, temperature):
     """One token per row by inverting the cumulative distribution at `uniform` in [0, 1), or the most likely one where the
-    temperature is 0. logits [rows, vocab] fp32, uniform [rows] -> tokens [rows], log-probs [rows].
+    temperature is 0. logits [rows, vocab], uniform [rows] -> tokens [rows], log-probs [rows].
 
     The vocabulary is cut into blocks: first find the block, then the token in it, so that no cumulative sum runs over it all."""
-    logits = logits if temperature in (0, 1) else logits / temperature
-    largest = logits.amax(-1, keepdim=True)
-    weight = (logits - largest).exp_()                                                        # [rows, vocab]
-    size = math.gcd(weight.shape[1], 512)
-    blocks = weight.view(len(weight), -1, size)                                               # [rows, blocks, size]
-    edges = blocks.sum(-1).cumsum(-1)                                                         # [rows, blocks]
+    size, scale = math.gcd(logits.shape[1], 512), 1 / (temperature or 1)
+    blocks = logits.view(len(logits), -1, size)                                               # [rows, blocks, size]
+    largest, sums = block_sums(blocks, scale)
+    top = largest.amax(-1, keepdim=True)
+    edges = ((largest - top).exp_() * sums).cumsum(-1)                                        # [rows, blocks], of exp(logit - top)
+    target = uniform[:, None] * edges[:, -1:]
+    block = (edges <= target).sum(-1, keepdim=True) if temperature else largest.argmax(-1, keepdim=True)
+    chosen = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].float() * scale    # [rows, size]
     if temperature == 0:
-        token = logits.argmax(-1)
+        inside = chosen.argmax(-1, keepdim=True)
     else:
-        target = uniform[:, None] * edges[:, -1:]
-        block = (edges <= target).sum(-1, keepdim=True)
         target = target - F.pad(edges, (1, 0)).gather(1, block)
-        inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].cumsum(-1)   # [rows, size]
+        weights = (chosen - top).exp_().cumsum(-1)
         # rounding may put the target at or past the block's end: stay on the last token that has any weight
-        target = torch.minimum(target, torch.nextafter(inside[:, -1:], torch.zeros_like(target)))
-        token = block[:, 0] * size + (inside <= target).sum(-1)
-    logprob = logits.gather(1, token[:, None]) - largest - edges[:, -1:].log()
-    return token, logprob[:, 0]
+        target = torch.minimum(target, torch.nextafter(weights[:, -1:], torch.zeros_like(target)))
+        inside = (weights <= target).sum(-1, keepdim=True)
+    logprob = chosen.gather(1, inside) - top - edges[:, -1:].log()
+    return (block * size + inside)[:, 0], logprob[:, 0]
 
 
 def share(prompts):
@@ -656,7 +685,7 @@ class Sampler:
     def advance(self, block, hidden):
         """Samples each live row's next token from its last hidden state [live, hidden]."""
         row, new = block.row, block.new
-        logits = self.model.linear(hidden, self.model.output_weight()).float()                # [live, vocab]
+        logits = self.model.linear(hidden, self.model.output_weight())                        # [live, vocab]
         token, logprob = pick(logits, self.uniform[row, new], self.temperature)
         self.tokens[row, new], self.logprobs[row, new] = token, logprob
         done = (token[:, None] == self.stop).any(-1) | (new + 1 >= self.limit[row])

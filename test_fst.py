@@ -1297,6 +1297,19 @@ def test_sampled_frequencies_are_the_softmax():
     torch.testing.assert_close(logprobs.double(), p[tokens].log(), atol=1e-5, rtol=0)
 
 
+def test_the_kernel_of_block_sums():
+    """Triton's interpreter runs the CUDA kernel on a CPU; the definition is PyTorch's."""
+    pytest.importorskip("triton")
+    program = """if True:
+        import torch, rollout
+        for rows, count, size, scale, dtype in ((1, 1, 1, 1.0, torch.float32), (3, 7, 128, 2.0, torch.bfloat16), (5, 96, 512, 1.0, torch.float32)):
+            blocks, (largest, sums) = torch.randn(rows, count, size).to(dtype) * 9, torch.empty(2, rows, count)
+            rollout.block_sums_kernel[(-(-rows * count // 16),)](blocks, largest, sums, rows * count, scale, size, 16)
+            torch.testing.assert_close((largest, sums), rollout.block_sums(blocks, scale), rtol=1e-5, atol=1e-5)
+        """
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+
+
 @pytest.mark.parametrize("size", [1, 7, 97, 512, 1100])
 def test_every_uniform_gives_a_token_of_some_weight(size):
     logits = torch.full((2000, size), -200.0)
