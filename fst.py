@@ -435,7 +435,7 @@ class Run:
 
         def loss(logprobs, k):                            # of row k, summed over its tokens
             r = rollouts[live[k]]
-            behaviour = torch.tensor(r.logprobs, device=logprobs.device)
+            behaviour = torch.tensor(r.logprobs).to(logprobs.device, non_blocking=True)
             out = token_loss(c.loss, logprobs, behaviour, scaled.flatten()[live[k]].item(), c.cap)
             if k in reference:
                 # The gradient of KL(pi || base) is E[(log pi - log base) grad log pi], that of half the squared difference; k3's
@@ -466,20 +466,20 @@ class Run:
             total = sum(loss(part, i) for part, i in zip(parts, batch))
             total.backward()
             logprobs = logprobs.detach()
-            mu = torch.tensor([x for i in batch for x in behaviour[i]], device=logprobs.device)
-            sums["loss"] += total.item()
-            sums["entropy"] += entropies.sum().item()
-            sums["kl_sampler"] += kl_k3(mu, logprobs).sum().item()            # samples of mu: KL(mu || pi)
-            sums["capped"] += ((logprobs - mu).exp() > c.cap).sum().item()
+            mu = torch.tensor([x for i in batch for x in behaviour[i]]).to(logprobs.device, non_blocking=True)
+            sums["loss"] += total.detach().double()                           # not .item(): that would wait for the device
+            sums["entropy"] += entropies.sum().double()
+            sums["kl_sampler"] += kl_k3(mu, logprobs).sum().double()          # samples of mu: KL(mu || pi)
+            sums["capped"] += ((logprobs - mu).exp() > c.cap).sum()
             for part, i in zip(parts, batch):
                 if i in reference:
-                    sums["kl_reference"] += kl_k3(part.detach(), reference[i]).sum().item()
+                    sums["kl_reference"] += kl_k3(part.detach(), reference[i]).sum().double()
                     sums["judged"] += len(part)
             sums["tokens"] += len(logprobs)
         if not rows:
             return {"trained_rows": 0, "updates": self.learner.updates}
         tokens, judged = sums.pop("tokens"), sums.pop("judged")
-        row = {key: value / (1 if key == "loss" else judged if key == "kl_reference" else tokens) for key, value in sums.items()
+        row = {key: float(value) / (1 if key == "loss" else judged if key == "kl_reference" else tokens) for key, value in sums.items()
                if judged or key != "kl_reference"}
         row |= {"gradient_norm": self.learner.clip(c.clip), "lr": self.learner.rate()}
         bad = [key.replace("_", " ") for key in ("loss", "gradient_norm") if not math.isfinite(row[key])]
