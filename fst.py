@@ -53,6 +53,8 @@ def setting(default, meaning, source="ours"):
 
 REFUSALS = 5              # updates in a row that are not finite before the run ends
 LEAST_MICRO_BATCH = 64    # tokens; with less, running out of memory ends the run
+MOST_MICRO_BATCH = 16384  # tokens; more is no faster
+QUESTION = 128            # tokens of a question, for planning
 MOST = 1_000_000          # of anything: a configuration may come from a stranger
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
@@ -89,7 +91,9 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient", "usual")
     warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
-    micro_batch: int = setting(None, "tokens in one forward and backward pass", "ours by device")
+    micro_batch: int = setting(None, "tokens in one forward and backward pass; auto (0): as many as fit, and no more slots than fit",
+                               "ours: auto on CUDA, 1024 on a CPU")
+    memory: float = setting(None, "GB that auto may plan with", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device: training runs through it")
@@ -122,21 +126,25 @@ def resolve(config):
     for field, value in dict(
             steps=(18 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
-            micro_batch=1024 if cpu else 16384, eval_every=c.cycle, save_every=c.cycle,
+            micro_batch=1024 if cpu else 0, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
             prompt_tokens=(320 if plain else 1024) if cpu else 2048, reflection_tokens=160 if cpu else 1024).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
+    if c.memory is None:
+        c.memory = 8.0 if cpu else 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]
     c.warmup = min(10, c.steps // 4) if c.warmup is None else c.warmup
     c.model, c.why_model = choose_model(c) if c.model == "auto" else (c.model, "as asked")
     c.out = c.out or f"runs/{c.task.replace(':', '-').replace('/', '-').replace(',', '+')}-{c.method}-{c.seed}"
-    for field in ("steps", "cycle", "batch", "group", "prompts", "max_new_tokens", "slots", "cap", "lr", "clip", "micro_batch", "level",
+    for field in ("steps", "cycle", "batch", "group", "prompts", "max_new_tokens", "slots", "cap", "lr", "clip", "memory", "level",
                   "prompt_tokens", "reflection_tokens", "eval_problems", "eval_samples", "save_every"):
         if not getattr(c, field) > 0:
             raise ValueError(f"--{field.replace('_', '-')} must be above 0, not {getattr(c, field)}")
         if type(getattr(c, field)) is int and getattr(c, field) > MOST:
             raise ValueError(f"--{field.replace('_', '-')} must be at most {MOST:,}")
-    for field in ("temperature", "seed", "warmup", "kl", "passes", "eval_every"):
+    if c.micro_batch > MOST:
+        raise ValueError(f"--micro-batch must be at most {MOST:,}")
+    for field in ("temperature", "seed", "warmup", "kl", "passes", "eval_every", "micro_batch"):
         if not getattr(c, field) >= 0:
             raise ValueError(f"--{field.replace('_', '-')} must not be negative, and is {getattr(c, field)}")
     for one, other in (("batch", "group"), ("eval_problems", "eval_samples")):
@@ -152,6 +160,45 @@ def resolve(config):
     if c.method != "rl" and c.passes < 1:
         raise ValueError(f"--passes {c.passes} does not even measure one prompt on the cycle's problems: it must be at least 1")
     return c
+
+
+def plan(c, m, weights):
+    """The memory of a run of so many weights, m the model's configuration -> bytes by purpose, tokens of a micro-batch, slots.
+    Where the micro-batch is given, so are the slots; where it is auto, both are the most that keep to c.memory.
+
+        held always     2 w N + 12 N                    the model and its base in w bytes a number; fp32 masters and two moments
+        while sampling  slots (n R + (w + 8) V) + n K C    keys and values of R = question + answer tokens a row, and of K contexts of
+                                                        C tokens, n = 2 w layers kv bytes each; logits, and two copies in fp32
+        while training  4 N + tokens (w layers (4 H + 5 (q + kv) + 4 I) + 4 w heads span) + V (1024 w + 128 (w + 8) + H (4 + 2 w))
+                        gradients; what autograd keeps of a token in a layer: 4 vectors of the hidden size H, 5 of the queries'
+                        and of the keys' size, 4 of the MLP's; a token's attention scores over its span, of one layer at a time;
+                        logits in chunks, and the head's gradient
+
+    On a CPU in bf16, sampling also holds the weights in oneDNN's layout, w N."""
+    w, V, H = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size
+    q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    span = min(m.context, c.prompt_tokens + QUESTION + c.max_new_tokens)
+    n = 2 * w * m.num_layers * kv
+    row = n * (QUESTION + c.max_new_tokens) + (w + 8) * V
+    token = w * m.num_layers * (4 * H + 5 * (q + kv) + 4 * m.intermediate_size) + 4 * w * m.num_heads * span
+    parts = {"weights": 2 * w * weights, "masters and moments": 12 * weights, "gradients": 4 * weights,
+             "logits": V * (1024 * w + 128 * (w + 8) + H * (4 + 2 * w)), "contexts": n * c.prompts * c.prompt_tokens,
+             "packed": w * weights if c.device == "cpu" and w == 2 else 0}
+    if c.method == "gepa":
+        parts |= {"masters and moments": 0, "gradients": 0, "logits": 0}
+    always = parts["weights"] + parts["masters and moments"]
+    micro_batch, slots = c.micro_batch, c.slots
+    if not micro_batch:
+        room = c.memory * 1e9 - always
+        fit = (room - parts["gradients"] - parts["logits"]) / token
+        micro_batch = int(min(max(fit, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))
+        fit = (room - parts["contexts"] - parts["packed"]) / row
+        slots = int(min(max(fit, 1), slots))
+    parts |= {"KV cache": slots * row + parts.pop("contexts"), "activations": micro_batch * token * (c.method != "gepa")}
+    sampling = parts["KV cache"] + parts["packed"]
+    training = parts["gradients"] + parts["logits"] + parts["activations"]
+    parts |= {"sampling": always + sampling, "training": always + training, "in all": always + max(sampling, training)}
+    return parts, micro_batch, slots
 
 
 def choose_model(c):
@@ -362,8 +409,9 @@ class Run:
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
         self.base = copy.deepcopy(self.model).requires_grad_(False)
         self.learner = None if c.method == "gepa" else Learner(self.model, c.lr, c.warmup)
-        self.sampler = Sampler(self.model, self.tokenizer, c.slots)
-        self.micro_batch = c.micro_batch                  # less, once memory ran out
+        # the micro-batch becomes smaller once memory ran out
+        _, self.micro_batch, self.slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()))
+        self.sampler = Sampler(self.model, self.tokenizer, self.slots)
         self.done = 0                                     # phases behind us
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
         self.refused = 0                                  # updates in a row that were not finite
@@ -516,7 +564,7 @@ class Run:
         c, start = self.config, time.perf_counter()
         steps = range(cycle * c.cycle, min((cycle + 1) * c.cycle, c.steps))
         anchors = [problem for step in steps for problem in self.batch(task, step)]
-        reflector = self.sampler if c.reflector == "self" else Sampler(self.base, self.tokenizer, c.slots)
+        reflector = self.sampler if c.reflector == "self" else Sampler(self.base, self.tokenizer, self.slots)
         tokens = 0
 
         def ask_all(jobs, seed):
@@ -574,7 +622,7 @@ class Run:
                "rollouts": self.spent["slow_rollouts"] + self.spent["fast_rollouts"]}
         distinct = list(dict.fromkeys(contexts.values()))
         for prefix, model in (models or {"": self.model}).items():
-            sampler = Sampler(model, self.tokenizer, c.slots)
+            sampler = Sampler(model, self.tokenizer, self.slots)
             jobs = [(context, problem) for context in distinct for problem in problems]
             greedy = ask(sampler, self.tasks[task], jobs, c.max_new_tokens, 0.0, 0, "evaluate, greedy")
             jobs = [job for job in jobs for _ in range(c.eval_samples)]
@@ -810,6 +858,10 @@ def read_seed_prompt(value):
     return Path(value).read_text(encoding="utf-8").strip() if os.path.isfile(value) else value      # a long text is no path
 
 
+def tokens(text):
+    return 0 if text == "auto" else int(text)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (--help lists the flags)")
@@ -818,7 +870,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
-        kind = {str: str, int: int, float: float}[field.type]
+        kind = tokens if field.name == "micro_batch" else field.type
         default = "by device and task" if field.default is None else field.default
         text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
@@ -891,15 +943,14 @@ def check(config):
     phases = [kind for kind, _, _ in schedule(c)]
     slow = phases.count("slow") * c.batch * c.group
     fast = phases.count("fast") * int(c.passes * c.batch * c.cycle)
-    width = 4 if (dtype if c.dtype == "auto" else c.dtype) in (torch.float32, "float32") else 2
-    # of a token in the backward pass: about 12 vectors of the hidden size and 4 of the MLP's, per layer, and fp32 logits by chunks
-    activations = c.micro_batch * m.num_layers * (12 * m.hidden_size + 4 * m.intermediate_size) * width + 4 * 512 * m.vocab_size * 4
-    cache = c.slots * (c.max_new_tokens + 256) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * width
-    optimizer = 0 if c.method == "gepa" else 16 * weights                 # fp32 master, gradient and two moments
+    c.dtype = {"auto": str(dtype).removeprefix("torch.") if c.device == "cpu" else "bfloat16"}.get(c.dtype, c.dtype)
+    parts, micro_batch, slots = plan(c, m, weights)
+    total = parts["in all"]
     print(f"\n{slow} slow rollouts + at most {fast} fast ones, at most {c.max_new_tokens} tokens each, and the evaluations'")
-    print(f"memory about {(2 * width * weights + optimizer + max(activations, cache)) / 1e9:.1f} GB: "
-          f"weights twice {2 * width * weights / 1e9:.2f}, optimizer {optimizer / 1e9:.2f}, "
-          f"activations {activations / 1e9:.2f} or cache {cache / 1e9:.2f}")
+    print(f"micro-batches of {micro_batch:,} tokens, {slots} slots; memory, beside the libraries', in GB:")
+    print("  " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))
+    if not c.micro_batch and total > c.memory * 1e9:
+        print(f"  that is more than the {c.memory:.1f} GB to plan with")
     if c.device == "cpu":
         rate = 2 * 1024 * 512 * 1024 / min(seconds.values())
         flops = 2 * weights * c.max_new_tokens * (5 * slow + 1.5 * fast)  # sampled at about half the rate, trained at three forward passes

@@ -1782,6 +1782,56 @@ def test_out_of_memory_repeats_the_step_in_smaller_micro_batches(tiny_run, monke
     assert again.micro_batch == 64
 
 
+def peak_of_one_step(flags):
+    """In a process of its own: bytes that a run's first step takes at its peak beyond what its libraries take, and the plan."""
+    program = """if True:
+        import json, sys, fst, rollout
+        rollout.extract_answer = lambda text: str(len(text) % 2)
+        peak = lambda: 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+        resolved, lock = fst.open_run(fst.parse(sys.argv[1:])[0], False)
+        before = peak()
+        run = fst.Run(resolved)
+        run.slow(0, 0)
+        print(json.dumps([peak() - before, fst.plan(resolved, run.model.config, sum(p.numel() for p in run.model.parameters()))]))
+        """
+    printed = subprocess.run([sys.executable, "-c", program, *map(str, flags)], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return json.loads(printed.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_is_what_the_plan_says(tmp_path, monkeypatch):
+    """`--micro-batch auto` keeps to --memory, and what --check states is what a step takes, within a third."""
+    for key, value in dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8, vocab_size=8000).items():
+        monkeypatch.setitem(SMALL, key, value)
+    monkeypatch.setitem(KINDS["qwen3"][1], "head_dim", 64)
+    write_checkpoint(tmp_path / "model", "qwen3")
+    rows = [{"question": f"What is {i} and {i % 7}?", "answer": str(i % 2)} for i in range(120)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--task", f"jsonl:{tmp_path / 'data.jsonl'}", "--model", tmp_path / "model", "--dtype", "float32", "--device", "cpu",
+             "--method", "rl", "--batch", 8, "--group", 16, "--max-new-tokens", 32, "--slots", 64, "--prompt-tokens", 64,
+             "--out", tmp_path / "run"]
+    for more in (["--micro-batch", "auto", "--memory", 1.2], ["--micro-batch", 2048, "--overwrite"]):
+        taken, (parts, micro_batch, slots) = peak_of_one_step([*flags, *more])
+        shutil.rmtree(tmp_path / "run")
+        assert 0.67 < taken / parts["in all"] < 1.33, (taken, parts)
+        if "auto" in more:
+            assert parts["in all"] <= 1.2e9 and 64 < micro_batch < 2048 and slots == 64
+    assert parts["in all"] > 1.2e9 and micro_batch == 2048
+
+
+@pytest.mark.parametrize("card, hidden, intermediate, weights, tokens, slots", [
+    (24, 1024, 3072, 596_049_920, 3736, 148), (80, 2048, 6144, 1_720_574_976, 11382, 512)])
+def test_qwen3_fits_by_arithmetic(card, hidden, intermediate, weights, tokens, slots):
+    """Qwen3-0.6B on 24 GB and 1.7B on 80 GB, at 32 x 16 x 512 tokens: what README says."""
+    shape = model.Config("Qwen3ForCausalLM", 151936, hidden, intermediate, 28, 16, 8, 128, 1e-6, 1e6, None, 40960, True, False, True)
+    config = fst.resolve(fst.parse(["--device", "cpu", "--batch", "32", "--max-new-tokens", "512", "--prompt-tokens", "2048",
+                                    "--slots", "512", "--micro-batch", "auto", "--memory", str(0.9 * card), "--dtype", "bfloat16"])[0])
+    config.device = "cuda"
+    parts, micro_batch, fit = fst.plan(config, shape, weights)
+    assert parts["in all"] <= 0.9e9 * card and (micro_batch, fit) == (tokens, slots)
+    assert parts["in all"] == max(parts["sampling"], parts["training"])
+
+
 def test_out_of_memory_ends_with_one_sentence(tmp_path, monkeypatch):
     """On a card, below the least micro-batch; on a CPU at once, whichever way Python and PyTorch say it."""
     sizes, flags = [], ["--method", "rl", "--out", tmp_path / "run", "--micro-batch", 300]
