@@ -1,7 +1,8 @@
 """
 Useful tokens a second of our sampler and of what one would use instead: transformers `generate`, and vLLM where it is
 installed. Same weights, same prompts, temperature 1 without truncation, log-probs of the sampled tokens kept. Tokens after a
-row's end do not count. Prints a table and appends one row per measurement to results/bench_sampler.jsonl.
+row's end do not count. Prints a table with the share of the machine's limit that is reached, that limit being measured first, and
+appends one row per measurement to results/bench_sampler.jsonl.
 
     FST_DATA=... python bench/sampler.py                  the four jobs
     FST_DATA=... python bench/sampler.py --growth         how our cost grows with rows, prompt and new tokens
@@ -10,6 +11,7 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from model import load, save                                              # noqa: E402
-from rollout import Context, Sampler, get_task                            # noqa: E402
+from rollout import Context, Sampler, get_task, prefix_segments           # noqa: E402
 
 JOBS = {"8 problems x 8 samples x 128 tokens": (8, 8, 128, 0), "64 x 8 x 128": (64, 8, 128, 0), "1 x 1 x 128": (1, 1, 128, 0),
         "1,500-token prompt, 1 x 64 x 64": (1, 64, 64, 1500)}
@@ -33,7 +35,7 @@ def machine():
 
 
 def record(file, **row):
-    row |= {"machine": machine(), "torch": torch.__version__, "date": str(datetime.date.today()), "command": " ".join(["python", *sys.argv])}
+    row |= {"machine": machine(), "torch": torch.__version__, "date": str(datetime.date.today()), "command": shlex.join(["python", *sys.argv])}
     with open(ROOT / "results" / file, "a") as out:
         out.write(json.dumps(row) + "\n")
 
@@ -72,14 +74,60 @@ def useful(rows, stop_ids):
     return sum(next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row)) for row in rows)
 
 
+def finish(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def limits(model):
+    """Measured here and now: FLOP/s of the model's widest products over 2,048 rows, bytes/s at which memory is read."""
+    weight, device = model.embedding, model.embedding.device
+    x = torch.randn(2048, model.config.hidden_size, device=device, dtype=weight.dtype)
+    memory = torch.ones(2 ** 27, device=device)
+
+    def best(work):
+        seconds = []
+        for _ in range(4):                                # the first warms up
+            start = time.perf_counter()
+            work()
+            finish(device)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[1:])
+
+    with model.packing():
+        products = best(lambda: [model.linear(x, layer.gate_up) for layer in model.layers])
+    rate = 2 * len(x) * sum(layer.gate_up.numel() for layer in model.layers) / products
+    bandwidth = memory.numel() * memory.element_size() / best(lambda: memory.sum())
+    print(f"limits: {rate / 1e12:.3f} TFLOP/s in matrix products, {bandwidth / 1e9:.1f} GB/s from memory", flush=True)
+    return rate, bandwidth
+
+
+def distinct_tokens(prompts):
+    """With every common prefix run once."""
+    return sum(len(tokens) for tokens, _ in prefix_segments(sorted(set(map(tuple, prompts))))[0])
+
+
+def least_seconds(model, limits, prompts, tokens, slots):
+    """What these completions of `tokens` tokens in all take at the limit. Prefill: 2 FLOP for each weight of the layers and distinct
+    token. Decoding: 2 FLOP for each weight and token, or reading at each step the weights, the prompts' cache and the rows' own,
+    whichever takes longer."""
+    rate, bandwidth = limits
+    layers, head, c = sum(p.numel() for p in model.layers.parameters()), model.output_weight().numel(), model.config
+    width = model.embedding.element_size()
+    cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * width                            # bytes a token
+    rows, distinct = min(len(prompts), slots), distinct_tokens(prompts)
+    moved = tokens / rows * ((layers + head) * width + distinct * rows / len(prompts) * cache) + tokens * tokens / len(prompts) / 2 * cache
+    return 2 * layers * distinct / rate + max(2 * (layers + head) * tokens / rate, moved / bandwidth)
+
+
 def measure(function, repeats, device):
     """Best of `repeats` after one warm-up: tokens a second."""
     rates = []
     for seed in range(repeats + 1):
         start = time.perf_counter()
         tokens = function(seed)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(device)
         rates.append((tokens / (time.perf_counter() - start), tokens))
     return max(rates[1:])
 
@@ -96,14 +144,14 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(options.model, device, torch.bfloat16)
     model.requires_grad_(False)
-    task = get_task("gsm8k")
+    task, reach = get_task("gsm8k"), limits(model)
     if options.growth:
         for rows in (1, 8, 32, 64, 128, 256, 512):
-            grow(model, tokenizer, task, options, rows=rows)
+            grow(model, tokenizer, task, options, reach, rows=rows)
         for long in (64, 256, 512, 1024, 2048):
-            grow(model, tokenizer, task, options, long=long)
+            grow(model, tokenizer, task, options, reach, long=long)
         for limit in (32, 64, 128, 256, 512):
-            grow(model, tokenizer, task, options, limit=limit)
+            grow(model, tokenizer, task, options, reach, limit=limit)
         return
     import tempfile
     folder = tempfile.mkdtemp()
@@ -125,17 +173,22 @@ def main():
         prompts = prompts_of(tokenizer, task, problems, samples, long)
         for system, function in systems.items():
             rate, tokens = measure(lambda seed: function(prompts, limit, seed), options.repeats, device)
-            print(f"{name:36} {system:14} {rate:8.0f} tok/s  ({tokens} tokens)", flush=True)
-            record("bench_sampler.jsonl", job=name, system=system, tokens_per_second=rate, tokens=tokens, model=options.model, dtype="bfloat16")
+            share = least_seconds(model, reach, prompts, tokens, options.slots) * rate / tokens
+            print(f"{name:36} {system:14} {rate:8.0f} tok/s  ({tokens} tokens), {share:4.0%} of the limit", flush=True)
+            record("bench_sampler.jsonl", job=name, system=system, tokens_per_second=rate, tokens=tokens, share_of_limit=share,
+                   flops=reach[0], bytes_per_second=reach[1], model=options.model, dtype="bfloat16")
 
 
-def grow(model, tokenizer, task, options, rows=64, long=0, limit=64):
+def grow(model, tokenizer, task, options, reach, rows=64, long=0, limit=64):
     """Rows that never stop, so that the work is what the numbers say."""
     prompts = prompts_of(tokenizer, task, 1, rows, long)
     endless = type("Endless", (), {"stop_ids": (-1,)})
     rate, tokens = measure(lambda seed: ours(model, endless, prompts, limit, seed, max(rows, 1)), options.repeats, model.embedding.device)
-    print(f"rows {rows:4d}  prompt {len(prompts[0]):5d}  new tokens {limit:4d}: {rate:7.0f} tok/s, {tokens / rate:7.2f} s", flush=True)
-    record("bench_growth.jsonl", rows=rows, prompt=len(prompts[0]), new_tokens=limit, tokens_per_second=rate, seconds=tokens / rate, model=options.model)
+    share = least_seconds(model, reach, prompts, tokens, rows) * rate / tokens
+    print(f"rows {rows:4d}  prompt {len(prompts[0]):5d}  new tokens {limit:4d}: {rate:7.0f} tok/s, {tokens / rate:7.2f} s, "
+          f"{share:4.0%} of the limit", flush=True)
+    record("bench_growth.jsonl", rows=rows, prompt=len(prompts[0]), new_tokens=limit, tokens_per_second=rate, seconds=tokens / rate,
+           share_of_limit=share, flops=reach[0], bytes_per_second=reach[1], model=options.model)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 One whole GRPO step (sample, grade, log-probs, backward, AdamW) of ours and of TRL's GRPOTrainer, each in a process of its own:
-same weights, prompts, group, length and number of optimizer steps, no KL term. Prints seconds and peak memory, and appends a
-row each to results/bench_step.jsonl.
+same weights, prompts, group, length and number of optimizer steps, no KL term. Prints seconds, peak memory (the card's on CUDA) and,
+for ours, the share of the machine's limit that sampling and training reach; appends a row each to results/bench_step.jsonl.
 
     FST_DATA=... python bench/step.py                     8 x 8 x 128 on gsm8k, 8 x 16 x 40 on arithmetic
 """
@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
 from model import load, save                                              # noqa: E402
 from rollout import Context, get_task                                     # noqa: E402
-from sampler import record                                       # noqa: E402
+from sampler import distinct_tokens, least_seconds, limits, record        # noqa: E402
 
 JOBS = {"gsm8k": (8, 8, 128), "arithmetic": (8, 16, 40)}                  # problems, group, new tokens
 
@@ -32,16 +32,27 @@ def ours(task, problems, group, limit, steps):
                                "--max-new-tokens", str(limit), "--kl", "0", "--steps", str(steps + 1), "--out", out])
         resolved, lock = fst.open_run(config, False)
         run = fst.Run(resolved)
-        reinforce = run.reinforce
+        reinforce, last = run.reinforce, []
         # every group trains, whatever the rewards: the first half of it is called right
-        run.reinforce = lambda rollouts, rewards: reinforce(rollouts, (torch.arange(group) < group // 2).float().expand(problems, -1))
-        seconds = []
+        def all_groups(rollouts, rewards):
+            last[:] = rollouts
+            return reinforce(rollouts, (torch.arange(group) < group // 2).float().expand(problems, -1))
+
+        run.reinforce, seconds = all_groups, []
         for step in range(steps + 1):
             start = time.perf_counter()
             row = run.slow(0, step)
             seconds.append(time.perf_counter() - start)
         lock.close()
-        return min(seconds[1:]), {"sample_seconds": row["sample_seconds"], "train_seconds": row["train_seconds"], "length": row["length"]}
+        reach = limits(run.model)
+        prompts, tokens = [r.prompt for r in last], sum(len(r.tokens) for r in last)
+        layers, head = sum(p.numel() for p in run.model.layers.parameters()), run.model.output_weight().numel()
+        least = {"sample": least_seconds(run.model, reach, prompts, tokens, run.slots),
+                 # forward and backward: 6 FLOP for each weight and token, the head's for the answers only
+                 "train": 6 * (layers * (distinct_tokens(prompts) + tokens) + head * tokens) / reach[0]}
+        parts = {f"{name}_seconds": row[f"{name}_seconds"] for name in least}             # of the last step
+        shares = {f"{name}_share_of_limit": least[name] / row[f"{name}_seconds"] for name in least}
+        return min(seconds[1:]), {**parts, **shares, "length": row["length"], "flops": reach[0], "bytes_per_second": reach[1]}
 
 
 def trl(task, problems, group, limit, steps):
@@ -83,7 +94,8 @@ def main():
     if options.child:
         system, task = options.child
         seconds, more = {"ours": ours, "trl": trl}[system](task, *JOBS[task], options.steps)
-        print(json.dumps({"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, **more}))
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": seconds, "peak_gb": peak / 1e9, **more}))
         return
     for task in options.job or JOBS:
         problems, group, limit = JOBS[task]
@@ -93,7 +105,9 @@ def main():
                 print(f"{task:12} {system:6} failed: {out.stderr.strip().splitlines()[-1]}")
                 continue
             row = json.loads(out.stdout.strip().splitlines()[-1])
-            print(f"{task:12} {problems} x {group} x {limit:4d}  {system:6} {row['seconds']:7.1f} s a step  {row['peak_gb']:5.1f} GB  mean length {row['length']:.0f}", flush=True)
+            print(f"{task:12} {problems} x {group} x {limit:4d}  {system:6} {row['seconds']:7.1f} s a step  {row['peak_gb']:5.1f} GB  mean length {row['length']:.0f}"
+                  + "".join(f"  {name} {row[f'{name}_seconds']:.1f} s, {row[f'{name}_share_of_limit']:.0%} of the limit"
+                            for name in ("sample", "train") if f"{name}_seconds" in row), flush=True)
             record("bench_step.jsonl", task=task, problems=problems, group=group, new_tokens=limit, system=system, steps=options.steps, **row)
 
 
