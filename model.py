@@ -642,6 +642,10 @@ def read_gguf(path):
     stored, layers = {tensor.name: tensor for tensor in reader.tensors}, fields.get(f"{kind}.block_count", 0)
     other = {key: value for key, value in fields.items()
              if value and value != "none" and re.search(r"expert_count|sliding_window|rope\.scal", key)}
+    end = reader.data_offset
+    for tensor in reader.tensors:
+        refuse((tensor.data_offset != end, f"its tensors do not lie one after another: {tensor.name} is out of place"))
+        end += -(-int(tensor.n_bytes) // reader.alignment) * reader.alignment
     refuse((kind not in architectures, f"architecture {kind} is not one of {', '.join(architectures)}"),
            (other, f"{other} is not supported"), (layers > len(stored), f"{layers} layers cannot be {len(stored)} tensors"),
            (fields.get("tokenizer.ggml.model") != "gpt2", "its tokenizer is not byte-level BPE"),

@@ -52,6 +52,29 @@ from rollout import (Context, Example, Problem, Rollout, Sampler, extract_answer
 ROOT = Path(__file__).resolve().parent
 
 
+def ten_thousand(check, drawn, vary, parts=1):
+    """check(case) for ten thousand different cases, or one of so many parts of them: what hypothesis draws, and of each nine more
+    that vary(case, rng) makes. Drawn one by one they would take it minutes, and in lists it repeats itself: of lists of ten, most
+    cases were equal to another one."""
+    seen = set()
+
+    @settings(max_examples=1300 // parts, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(drawn)
+    def run(case):
+        rng = random.Random(repr(case))
+        for case in (case, *(vary(case, rng) for _ in range(9))):
+            seen.add(case)
+            check(case)
+
+    run()
+    assert len(seen) >= 10_000 / parts, len(seen)
+
+
+def mixed(more):
+    """Of a text and of the pieces `more`, a text of up to 24 pieces."""
+    return lambda text, rng: "".join(rng.choices([*text, *more], k=rng.randint(1, 24)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer, loading, saving
 
@@ -105,17 +128,14 @@ def test_tokenizer_equals_the_checkpoints_own(kind, every_byte):
     theirs = tiny_tokenizer(kind, every_byte)
     ours = Tokenizer({"tokenizer.json": theirs.to_str()})
 
-    @settings(max_examples=600, deadline=None, database=None)
-    @given(st.lists(st.one_of(RANDOM_TEXT, st.sampled_from(["<|im_end|>", "<|im_end|>x", "<think>", "<|im_", " 12345", "'re"]))))
-    def check(parts):
-        agree(ours, theirs, "".join(parts))
-
     @settings(max_examples=200, deadline=None, database=None)
     @given(st.lists(st.integers(0, theirs.get_vocab_size() - 1)))
     def check_decode(ids):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
 
-    check()
+    pieces = ["<|im_end|>", "<|im_end|>x", "<think>", "<|im_", " 12345", "'re"]
+    texts = st.lists(st.one_of(RANDOM_TEXT, st.sampled_from(pieces)), max_size=4).map("".join)
+    ten_thousand(lambda text: agree(ours, theirs, text), texts, mixed([*ALPHABET, *pieces]), parts=8)
     check_decode()
     agree(ours, theirs, " " * 300_000 + "a")                    # overflows tiktoken's stack
     assert ours.encode("a\ud800b") == ours.encode("a\ufffdb")     # a lone surrogate
@@ -452,35 +472,90 @@ def test_gguf_is_refused_by_name(tmp_path, more, split, named):
         load(tmp_path / "m.gguf")
 
 
-def mangled(path, whole, header):
-    """Hypothesis: `path` with some bytes of its header changed, or cut short; load must give a model or one ValueError."""
-    change = st.tuples(st.integers(0, header - 1), st.integers(0, 255))
+def test_gguf_tensors_lie_one_after_another(tmp_path):
+    """As the format has them: a tensor said to lie elsewhere, or to be of another type, would be read from another one's bytes."""
+    write_gguf(tmp_path / "m.gguf", write_checkpoint(tmp_path / "a", "llama-tied"), tiny_tokenizer("smollm"), "smollm")
+    whole, reader = (tmp_path / "m.gguf").read_bytes(), gguf.GGUFReader(tmp_path / "m.gguf")
+    for tensor, part, change in ((0, -1, 32), (2, -1, 64), (3, -2, 1)):         # a field ends in the tensor's type and offset
+        field = reader.tensors[tensor].field
+        place = field.offset + sum(p.nbytes for p in field.parts[:part])
+        (tmp_path / "m.gguf").write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1:])
+        with pytest.raises(ValueError, match="one after another"):
+            load(tmp_path / "m.gguf")
 
-    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.lists(change, max_size=3), st.one_of(st.none(), st.integers(0, len(whole) - 1)))
-    def check(changes, length):
+
+def mangled(path, header, equals_the_file):
+    """Ten thousand cases of `path`, cut short or with one to three places in its first `header` bytes changed: load refuses it
+    in one sentence and without delay, or gives what the changed file says and nothing else."""
+    whole, name, ends = path.read_bytes(), path if path.suffix == ".gguf" else path.parent, Counter()
+    digits = [i for i, byte in enumerate(whole[:header]) if chr(byte).isdigit()]       # shapes and offsets of safetensors
+    places = st.integers(0, header - 1) | st.sampled_from(digits)
+    masks = [bytes([byte]) for byte in range(1, 256)] + 40 * [b"\1", b"\2", b"\4", b"\xff" * 8, bytes(7) + b"\x80"]
+    change = st.lists(st.tuples(places, st.sampled_from(masks)), min_size=1, max_size=3, unique_by=lambda change: change[0]).map(tuple)
+
+    def vary(_, rng):
+        count = rng.randint(1, 3)
+        return tuple(zip(rng.sample(rng.choice([range(header), digits]), count), rng.choices(masks, k=count)))
+
+    def check(case):
         data = bytearray(whole)
-        for place, byte in changes:
-            data[place] = byte
-        path.write_bytes(data[:length])
+        for place, mask in case if isinstance(case, tuple) else []:
+            for i, byte in enumerate(mask[:header - place], place):
+                data[i] ^= byte
+        path.unlink()                                             # a new file: the old one's blocks need not reach the disk first
+        path.write_bytes(data if isinstance(case, tuple) else data[:case])
+        start = time.process_time()
         try:
-            load(path if path.suffix == ".gguf" else path.parent)
+            loaded = load(name)
         except ValueError as error:
-            assert str(path if path.suffix == ".gguf" else path.parent) in str(error)
+            assert str(name) in str(error)
+            ends[re.sub("[^a-z ]", "", str(error).removeprefix(str(name)))[:60]] += 1
+        else:
+            equals_the_file(path, *loaded)
+            ends["accepted"] += 1
+        assert time.process_time() - start < 10
 
-    check()
+    ten_thousand(check, change | st.integers(0, len(whole) - 1), vary)
+    assert ends["accepted"] >= 10 and len(ends) >= 6, ends
 
 
-def test_mangled_headers(tmp_path):
+def equals_safetensors(path, ours, _):
+    """Read by the format's description alone: the header's length, the header, the bytes."""
+    data = path.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    for name, parts in model.parameter_names(ours.config).items():
+        parts = [header[part] for part, _ in parts]
+        wanted = b"".join(data[start:][slice(*part["data_offsets"])] for part in parts)
+        assert {part["dtype"] for part in parts} == {"F32"} and ours.get_parameter(name).detach().numpy().tobytes() == wanted
+
+
+def equals_gguf(path, ours, tokenizer):
+    """As the gguf package reads it: the same numbers, though in another order, the same configuration, the same vocabulary."""
+    reader = gguf.GGUFReader(path)
+    values = lambda tensors: np.sort(np.concatenate([x.flatten() for x in tensors]))
+    assert np.array_equal(values(t.data for t in reader.tensors), values(p.detach().numpy() for p in ours.parameters()))
+    fields = {key.partition(".")[2]: field.contents() for key, field in reader.fields.items()}
+    for key, value in dict(attention__head_count=ours.config.num_heads, attention__head_count_kv=ours.config.num_kv_heads,
+                           context_length=ours.config.context, block_count=ours.config.num_layers).items():
+        assert fields[key.replace("__", ".")] == value
+    assert math.isclose(fields["rope.freq_base"], ours.config.rope_theta, rel_tol=1e-6)
+    assert math.isclose(fields["attention.layer_norm_rms_epsilon"], ours.config.norm_eps, rel_tol=1e-6)
+    for text, i in json.loads(tokenizer.files["tokenizer.json"])["model"]["vocab"].items():
+        assert fields["ggml.tokens"][i] == text
+
+
+def test_mangled_headers(tmp_path, monkeypatch):
+    for key, value in dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1).items():
+        monkeypatch.setitem(SMALL, key, value)                    # as small as can be: a case takes milliseconds
     theirs = write_checkpoint(tmp_path / "a", "llama-tied")
-    whole = (tmp_path / "a" / "model.safetensors").read_bytes()
-    mangled(tmp_path / "a" / "model.safetensors", whole, 8 + struct.unpack("<Q", whole[:8])[0])
-    tokenizer = bpe_json(pre_tokenizers.ByteLevel.alphabet(), [("a", "b")], more=["<s>"])
+    tokenizer = bpe_json("abcdef", [("a", "b"), ("ab", "c")], more=["<s>"])
     write_gguf(tmp_path / "m.gguf", theirs, tokenizer, "smollm")
     load(tmp_path / "m.gguf")
-    whole = (tmp_path / "m.gguf").read_bytes()
-    mangled(tmp_path / "m.gguf", whole, 2000)
-    mangled(tmp_path / "m.gguf", whole, len(whole))
+    mangled(tmp_path / "m.gguf", gguf.GGUFReader(tmp_path / "m.gguf").data_offset, equals_gguf)
+    monkeypatch.setattr(model, "Tokenizer", lambda files: None)   # lies in files of its own, and is not what is mangled
+    path = tmp_path / "a" / "model.safetensors"
+    mangled(path, 8 + struct.unpack("<Q", path.read_bytes()[:8])[0], equals_safetensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,12 +602,7 @@ def test_smollm2_tokenizer(smollm2):
             assert ours.decode(ours.encode(row["question"])) == row["question"]
             check(row["question"] + "<|im_end|>\n" + row["answer"])
 
-    @settings(max_examples=2000, deadline=None, database=None)
-    @given(RANDOM_TEXT)
-    def check_random(text):
-        check(text)
-
-    check_random()
+    ten_thousand(check, RANDOM_TEXT, mixed(ALPHABET))
 
 
 def test_the_cache_is_whole_or_absent(tmp_path, monkeypatch):
@@ -564,15 +634,8 @@ def test_unknown_names(monkeypatch):
 # Tasks and grading
 
 
-# A thousand lists of ten: ten thousand cases, at a third of the time of as many single ones.
-thousand = settings(max_examples=1000, deadline=None, database=None, derandomize=True,
-                    suppress_health_check=list(HealthCheck))
 LEVELS = [(name, level) for name in ("arithmetic", "star", "codeio")
           for level in range(1, rollout.TASKS[name].levels + 1)]
-
-
-def ten(*cases):
-    return st.lists(st.tuples(*cases) if len(cases) > 1 else cases[0], min_size=10, max_size=10)
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------
@@ -587,15 +650,17 @@ def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
 
 
-@thousand
-@given(ten(st.text(max_size=20), st.text(max_size=20)))
-def test_extract_answer_takes_the_rest_of_the_last_line_marked(cases):
-    for before, line in cases:
+def test_extract_answer_takes_the_rest_of_the_last_line_marked():
+    def check(case):
+        before, line = case
         answer = extract_answer(before + "####" + line)
         assert answer is None or answer == answer.strip() and len(answer.splitlines()) == 1
         if "#" not in before + line:
             assert answer == ((line.splitlines() or [""])[0].strip() or None)
             assert extract_answer(before + line) is None
+
+    text = mixed("5. \n\t\r\u2028\x85#")
+    ten_thousand(check, st.tuples(st.text(max_size=20), st.text(max_size=20)), lambda case, rng: (text(case[0], rng), text(case[1], rng)))
 
 
 @pytest.mark.parametrize("reference, given, equal", [
@@ -652,27 +717,33 @@ def decorate(number, style):
             f"{number:f}".replace("-", "−")][style]
 
 
-@thousand
-@given(ten(st.integers(-10**9, 10**9) | st.integers(-10**30, 10**30), st.integers(0, 9), st.integers(0, 11),
-           st.integers(-1, 9)))
-def test_numbers_compare_as_decimals_do(cases):
+def test_numbers_compare_as_decimals_do():
     """Against Python's Decimal: a decorated number is itself, and equals a neighbour exactly where Decimal says so."""
-    for digits, places, style, last in cases:
+    def check(case):
+        digits, places, style, last = case
         number, other = Decimal(f"{digits}e-{places}"), Decimal(f"{digits // 10}{abs(last)}e{-places - (last < 0)}")
         assert parse_number(decorate(number, style)) == number
         assert same_answer(str(other), decorate(number, style)) == (number == other)
         assert same_answer(f"{number:f}", decorate(number, style))
 
+    ten_thousand(check, st.tuples(st.integers(-10**9, 10**9) | st.integers(-10**30, 10**30), st.integers(0, 9), st.integers(0, 11), st.integers(-1, 9)),
+                 lambda _, rng: (rng.choice((-1, 1)) * rng.randrange(10 ** rng.randint(1, 30)), rng.randint(0, 9), rng.randint(0, 11), rng.randint(-1, 9)))
 
-@thousand
-@given(ten(st.text(alphabet="0123456789.,-−+eE$% =/x\n#*１²½", max_size=30) | st.text(max_size=30)))
-def test_any_text_is_one_number_or_none(cases):
-    for text in cases:
+
+def test_any_text_is_one_number_or_none():
+    alphabet, numbers = "0123456789.,-−+eE$% =/x\n#*１²½", []
+
+    def check(text):
         value = parse_number(text)
         assert value is None or value.is_finite() and re.search(r"\d", text)
         assert same_answer(text, text) or value is None                 # a number is never unequal to itself
         if re.fullmatch(r"-?\d+(\.\d+)?", text, re.ASCII):
             assert value == Decimal(text)
+        numbers.append(value is not None)
+
+    ten_thousand(check, st.text(alphabet=alphabet, max_size=30) | st.text(max_size=30),
+                 lambda text, rng: "".join(rng.choices([*text, *alphabet], k=rng.randint(1, 8))))
+    assert 0.1 < statistics.mean(numbers) < 0.9, statistics.mean(numbers)
 
 
 # ---- every task ----------------------------------------------------------------------------------------------------
@@ -944,19 +1015,26 @@ def damage(places):
     return bytes(line)
 
 
-@thousand
-@given(ten(st.binary(max_size=60) | st.binary(max_size=8).map(damage)))
-def test_jsonl_lines_are_read_or_refused(monkeypatch, cases):
-    for line in cases:
-        monkeypatch.setattr(rollout, "Path", lambda path: types.SimpleNamespace(read_bytes=lambda: line))   # no disk
+def test_jsonl_lines_are_read_or_refused(monkeypatch):
+    """A case is the content of a file, most of them a good line with a few bytes changed."""
+    ends = Counter()
+
+    def check(content):
+        monkeypatch.setattr(rollout, "Path", lambda path: types.SimpleNamespace(read_bytes=lambda: content))     # no disk
         try:
             rows = read_jsonl("any.jsonl")
         except ValueError as error:
             assert str(error).startswith("any.jsonl, line ")
+            ends["refused"] += 1
         else:
             for question, answer, solution, split in rows:
                 assert question.strip() and answer.strip() and split in ("", "train", "val", "test")
                 assert not solution or same_answer(answer, extract_answer(solution))
+                ends["read"] += 1
+
+    ten_thousand(check, st.binary(max_size=60) | st.binary(min_size=2, max_size=8).map(damage),
+                 lambda _, rng: damage([rng.choice((rng.randrange(256), rng.randrange(32, 127))) for _ in range(2 * rng.randint(1, 3))]))
+    assert min(ends["refused"], ends["read"]) >= 1000, ends
 
 
 @pytest.fixture
@@ -2461,15 +2539,46 @@ def test_parse_rewrite(reply, expected):
             parse_rewrite(reply)
 
 
-@given(st.text(alphabet="`<>/think|a\n \x1b", max_size=60))
-@settings(max_examples=1000, deadline=None)
-def test_parse_rewrite_gives_clean_text_or_says_why(reply):
-    try:
-        text = parse_rewrite(reply)
-    except ValueError as error:
-        assert str(error)
-    else:
-        assert text and text == text.strip() and "```" not in text and "\x1b" not in text and text in reply
+def obvious_rewrite(reply):
+    """Character by character: what stands between the last two of the fences outside the thoughts."""
+    answer = reply[reply.rfind("</think>") + len("</think>"):] if "</think>" in reply else reply
+    between, i = [""], 0
+    while i < len(answer):
+        if answer[i:i + 3] == "```":
+            between, i = [*between, ""], i + 3
+        else:
+            between[-1], i = between[-1] + answer[i], i + 1
+    if "<think>" in answer or len(between) % 2 == 0 or len(between) == 1:
+        return None
+    language, line, rest = between[-2].partition("\n")
+    text = rest if line and all(c.isalnum() or c == "_" for c in language) else between[-2]
+    text = "".join(" " if c == "\t" else c for c in text if c.isprintable() or c in "\t\n").strip()
+    return text if text and not re.search(r"<\|[^\n]*?\|>|</?think>", text) else None
+
+
+PIECES = ["```", "\n", "\n", "<think>", "</think>", "text", "Be brief.", "<|im_end|>", "<|", "|>", "`", "\x1b[31m", "\t"]
+
+
+def test_parse_rewrite_gives_the_last_closed_fence_or_says_why():
+    """A case is a reply; at least a tenth of them hold a prompt, and as many do not."""
+    given_text = []
+
+    def check(reply):
+        wanted = obvious_rewrite(reply)
+        given_text.append(wanted is not None)
+        try:
+            text = parse_rewrite(reply)
+        except ValueError as error:
+            assert wanted is None and str(error)
+        else:
+            assert text == wanted == wanted.strip() and "```" not in wanted and all(c.isprintable() or c == "\n" for c in wanted)
+
+    def vary(text, rng):
+        parts = rng.choice((1, 3, 3, 4, 5))
+        return "```".join("".join(rng.choices([*text, *PIECES], k=rng.randint(0, 4))) for _ in range(parts))
+
+    ten_thousand(check, st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=14).map("".join), vary)
+    assert 0.1 < statistics.mean(given_text) < 0.9, statistics.mean(given_text)
 
 
 def test_leaks():
