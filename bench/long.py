@@ -1,8 +1,8 @@
 """
-What must not grow and what may round. 300 slow steps of Fast-Slow Training of a tiny random model, a fast phase before every sixth:
-memory, seconds of a step, sizes of the files, mismatch between sampler and trainer. Then, of SmolLM2-135M in fp32 and bf16: that
-mismatch, and what another number of threads, other slots or other neighbours change in sampled rows. Prints and appends to
-results/bench_long.jsonl one row per measurement.
+What must not grow and what may round. 300 slow steps of Fast-Slow Training of a tiny random model, a fast phase
+before every sixth: memory, seconds of a step, sizes of the files, mismatch between sampler and trainer. Then, of
+SmolLM2-135M in fp32 and bf16: that mismatch, and what another number of threads, other slots or other neighbours change
+in sampled rows. Prints and appends to results/bench_long.jsonl one row per measurement.
 
     python bench/long.py                   both parts
     python bench/long.py --steps 0         the second alone;  --problems 0: the first alone
@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
 import rollout                                                            # noqa: E402
 from model import load                                                    # noqa: E402
-from rollout import Context, Sampler, get_task, score                     # noqa: E402
+from rollout import Context, Sampler, get_task                            # noqa: E402
 from sampler import record                                                # noqa: E402
 from test_fst import write_checkpoint                                     # noqa: E402
 
@@ -38,13 +38,16 @@ def sizes(folder):
 
 
 def long_run(folder, steps, cycle=6):
-    """Runs it; per step, its CPU seconds and the memory behind it, per cycle, the files' sizes; and the rows of metrics.jsonl."""
+    """Runs it: per step its CPU seconds and the memory behind it, per cycle the files' sizes; and the steps' rows."""
     write_checkpoint(folder / "model", "qwen3")
-    rows = [{"question": f"What is {n} and {n % 7}?", "answer": str(n % 2), "solution": f"{n} is {n % 2}\n#### {n % 2}"} for n in range(120)]
+    rows = [{"question": f"What is {n} and {n % 7}?", "answer": str(n % 2), "solution": f"{n}\n#### {n % 2}"}
+            for n in range(120)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config, _ = fst.parse(["--task", f"jsonl:{folder / 'data.jsonl'}", "--model", str(folder / "model"), "--out", str(folder / "run"), *(
-        f"--steps {steps} --cycle {cycle} --dtype float32 --device cpu --batch 3 --group 4 --prompts 2 --max-new-tokens 8 --lr 1e-4 --passes 2 "
-        "--eval-problems 4 --eval-samples 2 --eval-every 0 --prompt-tokens 120 --reflection-tokens 12 --slots 16").split()])
+    config, _ = fst.parse([
+        "--task", f"jsonl:{folder / 'data.jsonl'}", "--model", str(folder / "model"), "--out", str(folder / "run"),
+        *(f"--steps {steps} --cycle {cycle} --dtype float32 --device cpu --batch 3 --group 4 --prompts 2 --lr 1e-4 "
+          "--max-new-tokens 8 --passes 2 --eval-problems 4 --eval-samples 2 --eval-every 0 --prompt-tokens 120 "
+          "--reflection-tokens 12 --slots 16").split()])
     run, seconds, memory, files = fst.Run(fst.open_run(config, False)[0]), [], [], []
     slow, after, grade = run.slow, run.after, rollout.extract_answer
 
@@ -71,7 +74,7 @@ def long_run(folder, steps, cycle=6):
 
 
 def first_and_last(values):
-    """Medians of the first and of the last third after the first tenth, in which everything is allocated for the first time."""
+    """Medians of the first and of the last third, without the first tenth, which allocates everything anew."""
     values = values[len(values) // 10:]
     third = len(values) // 3
     return float(np.median(values[:third])), float(np.median(values[-third:]))
@@ -79,23 +82,24 @@ def first_and_last(values):
 
 def growth(folder, steps):
     seconds, memory, files, rows = long_run(folder, steps)
-    journals = {name: (files[-1][name] - files[0][name]) / (len(files) - 1) for name in ("metrics.jsonl", "prompts.jsonl", "rollouts.jsonl")}
-    fixed = {name: (files[0][name], files[-1][name]) for name in ("state/state.safetensors", "checkpoint/model.safetensors", "checkpoint/prompts.json")}
+    journals = {name: (files[-1][name] - files[0][name]) / (len(files) - 1) for name in fst.Run.JOURNALS}
+    fixed = {name: (files[0][name], files[-1][name])
+             for name in ("state/state.safetensors", "checkpoint/model.safetensors", "checkpoint/prompts.json")}
     mismatch = [row["kl_sampler"] for row in rows if "kl_sampler" in row]
-    row = {"kind": "long run", "steps": steps, "fast_phases": len(files), "seed": 0, "step_cpu_seconds": first_and_last(seconds),
-           "memory_mb": first_and_last(memory), "memory_mb_after_first_cycle": memory[5], "memory_mb_at_the_end": memory[-1],
-           "memory_mb_per_100_steps": float(100 * np.polyfit(range(len(memory) // 10, len(memory)), memory[len(memory) // 10:], 1)[0]),
+    row = {"kind": "long run", "steps": steps, "fast_phases": len(files), "seed": 0,
+           "step_cpu_seconds": first_and_last(seconds), "memory_mb": first_and_last(memory),
+           "memory_mb_after_first_cycle": memory[5], "memory_mb_at_the_end": memory[-1], "memory_mb_by_cycle": memory[5::6],
            "journal_bytes_per_cycle": journals, "file_bytes_first_and_last": fixed,
            "kl_sampler": first_and_last(mismatch), "kl_sampler_largest": max(mismatch)}
     print(json.dumps(row, indent=1), flush=True)
     record("bench_long.jsonl", **row)
 
 
-def apart(model, rows, others):
+def apart(others, rows):
     """Rows of other tokens, and the largest difference of log-probs in those of the same."""
     same = [(a, b) for a, b in zip(rows, others) if a.tokens == b.tokens]
     return {"rows": len(rows), "changed": len(rows) - len(same),
-            "largest_difference": max((abs(x - y) for a, b in same for x, y in zip(a.logprobs, b.logprobs)), default=0.0)}
+            "largest_difference": max((abs(x - y) for a, b in same for x, y in zip(a.logprobs, b.logprobs)), default=0)}
 
 
 def rounding(name, dtype, problems, limit=24):
@@ -104,20 +108,25 @@ def rounding(name, dtype, problems, limit=24):
     model, tokenizer = load(name, dtype=dtype)
     model.requires_grad_(False)
     task = get_task("arithmetic")
-    prompts = [tuple(tokenizer.chat(Context(task.seed_prompt).messages(p.question))) for p in task.problems("train")[:problems] for _ in range(4)]
+    prompts = [tuple(tokenizer.chat(Context(task.seed_prompt).messages(p.question)))
+               for p in task.problems("train")[:problems] for _ in range(4)]
     draw = lambda prompts, slots=64: Sampler(model, tokenizer, slots).generate(prompts, limit, 1.0, 0)
     about = {"model": name, "dtype": str(dtype).removeprefix("torch."), "seed": 0}
     rows = draw(prompts)
-    logprobs = torch.cat([score(model, [(p, r.tokens) for p, r in zip(prompts[i:i + 16], rows[i:i + 16])])[0] for i in range(0, len(rows), 16)])
-    difference = logprobs.double() - torch.tensor([x for r in rows for x in r.logprobs], dtype=torch.float64)
-    out = [{"kind": "mismatch", **about, "tokens": len(difference), "mean": difference.mean().item(), "mean_absolute": difference.abs().mean().item(),
-            "largest": difference.abs().max().item(), "kl": (difference.expm1() - difference).mean().item()}]
+    logprobs = torch.cat(fst.score_all(model, [(p, r.tokens) for p, r in zip(prompts, rows)], 1.0, 1024))
+    recorded = torch.tensor([x for r in rows for x in r.logprobs])
+    difference = logprobs.double() - recorded.double()
+    out = [{"kind": "mismatch", **about, "tokens": len(difference), "mean": difference.mean().item(),
+            "mean_absolute": difference.abs().mean().item(), "largest": difference.abs().max().item(),
+            "kl": fst.kl_k3(recorded, logprobs).mean().item()}]
     half = [i for i in range(len(prompts)) if i // 4 % 2]                 # all four samples of every second problem
-    changes = {"8 slots": (draw(prompts, 8), rows), "half of the neighbours": (draw([prompts[i] for i in half]), [rows[i] for i in half])}
+    changes = {"8 slots": (draw(prompts, 8), rows),
+               "half of the neighbours": (draw([prompts[i] for i in half]), [rows[i] for i in half])}
     torch.set_num_threads(2)
     changes["2 threads"] = draw(prompts), rows
     torch.set_num_threads(1)
-    out += [{"kind": "determinism", **about, "change": change, "new_tokens": limit, **apart(model, *pair)} for change, pair in changes.items()]
+    out += [{"kind": "determinism", **about, "change": change, "new_tokens": limit, **apart(*pair)}
+            for change, pair in changes.items()]
     for row in out:
         print(json.dumps(row), flush=True)
         record("bench_long.jsonl", **row)
