@@ -124,7 +124,7 @@ def resolve(config):
         raise ValueError(f"no device {c.device!r} here: PyTorch finds {'CUDA' if torch.cuda.is_available() else 'only the CPU'}")
     plain = all(name == "arithmetic" for name in names)
     for field, value in dict(
-            steps=(18 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
+            steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
             micro_batch=1024 if cpu else 0, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
