@@ -376,8 +376,8 @@ def score_all(model, rows, temperature, limit):
 def kl_k3(logprobs, other):
     """KL(pi || other) from samples of pi, per token: exp(d) - 1 - d, d = log other - log pi. Never negative, 0 only where they
     agree (Schulman, joschu.net/blog/kl-approx.html). For measuring only: its gradient is not that of the KL."""
-    d = other - logprobs
-    return d.exp() - 1 - d
+    d = (other - logprobs).double()                       # in fp32 the difference of sampler and trainer, 1e-7, would be lost
+    return d.expm1() - d
 
 
 # ---------------------------------------------------------------------------------------------------------------------
