@@ -421,27 +421,28 @@ if triton:
         tl.store(sums + block, tl.sum(tl.exp(x - top[:, None]), 1), mask=block < count)
 
 
-def pick(logits, uniform, temperature):
-    """One token per row by inverting the cumulative distribution at `uniform` in [0, 1), or the most likely one where the
-    temperature is 0. logits [rows, vocab], uniform [rows] -> tokens [rows], log-probs [rows].
+def pick(logits, uniform, temperature, greedy=None):
+    """One token per row by inverting the cumulative distribution at `uniform` in [0, 1), or the most likely one where `greedy`.
+    logits [rows, vocab], uniform and greedy [rows] -> tokens [rows], log-probs [rows].
 
     The vocabulary is cut into blocks: first find the block, then the token in it, so that no cumulative sum runs over it all."""
-    size, scale = math.gcd(logits.shape[1], 512), 1 / (temperature or 1)
+    size, scale = math.gcd(logits.shape[1], 512), 1 / temperature
     blocks = logits.view(len(logits), -1, size)                                               # [rows, blocks, size]
     largest, sums = block_sums(blocks, scale)
     top = largest.amax(-1, keepdim=True)
     edges = ((largest - top).exp_() * sums).cumsum(-1)                                        # [rows, blocks], of exp(logit - top)
     target = uniform[:, None] * edges[:, -1:]
-    block = (edges <= target).sum(-1, keepdim=True) if temperature else largest.argmax(-1, keepdim=True)
+    block = (edges <= target).sum(-1, keepdim=True)
+    if greedy is not None:
+        block = torch.where(greedy[:, None], largest.argmax(-1, keepdim=True), block)
     chosen = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].float() * scale    # [rows, size]
-    if temperature == 0:
-        inside = chosen.argmax(-1, keepdim=True)
-    else:
-        target = target - F.pad(edges, (1, 0)).gather(1, block)
-        weights = (chosen - top).exp_().cumsum(-1)
-        # rounding may put the target at or past the block's end: stay on the last token that has any weight
-        target = torch.minimum(target, torch.nextafter(weights[:, -1:], torch.zeros_like(target)))
-        inside = (weights <= target).sum(-1, keepdim=True)
+    target = target - F.pad(edges, (1, 0)).gather(1, block)
+    weights = (chosen - top).exp_().cumsum(-1)
+    # rounding may put the target at or past the block's end: stay on the last token that has any weight
+    target = torch.minimum(target, torch.nextafter(weights[:, -1:], torch.zeros_like(target)))
+    inside = (weights <= target).sum(-1, keepdim=True)
+    if greedy is not None:
+        inside = torch.where(greedy[:, None], chosen.argmax(-1, keepdim=True), inside)
     logprob = chosen.gather(1, inside) - top - edges[:, -1:].log()
     return (block * size + inside)[:, 0], logprob[:, 0]
 
@@ -575,8 +576,9 @@ class Sampler:
         self.patience = self.room if self.cuda else 1
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None):
+    def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None, greedy=None):
         """prompts: token ids, or texts -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
+        greedy: per prompt, whether to take the most likely token each time; None: none, or at temperature 0 all.
 
         A row's randomness is a function of (seed, its prompt, how many equal prompts stand before it), one uniform per token,
         drawn ahead: who else is in the batch changes a row by the arithmetic's rounding at most."""
@@ -595,7 +597,9 @@ class Sampler:
         self.logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)
         self.end = torch.zeros(len(prompts), dtype=torch.long, device=device)                 # 0 while a row is alive
         self.stop = torch.tensor(self.tokenizer.stop_ids, device=device)
-        self.temperature = temperature
+        self.temperature = temperature or 1.0
+        greedy = [temperature == 0] * len(prompts) if greedy is None else greedy
+        self.greedy = torch.tensor(greedy, device=device) if any(greedy) else None
         self.layout = self.graph = None                                                       # of `decode` on CUDA
 
         training = self.model.training
@@ -686,7 +690,7 @@ class Sampler:
         """Samples each live row's next token from its last hidden state [live, hidden]."""
         row, new = block.row, block.new
         logits = self.model.linear(hidden, self.model.output_weight())                        # [live, vocab]
-        token, logprob = pick(logits, self.uniform[row, new], self.temperature)
+        token, logprob = pick(logits, self.uniform[row, new], self.temperature, None if self.greedy is None else self.greedy[row])
         self.tokens[row, new], self.logprobs[row, new] = token, logprob
         done = (token[:, None] == self.stop).any(-1) | (new + 1 >= self.limit[row])
         self.end[row] = torch.where(done & (self.end[row] == 0), new + 1, self.end[row])
@@ -720,12 +724,12 @@ class Rollout:
     feedback: str
 
 
-def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=None):
+def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=None, greedy=None):
     """Puts each (context, problem) to the model, all in one batch, and grades the answers: a Rollout each, in order. A problem
     that stands among its context's worked examples is asked without that example: its answer is not to be copied."""
     jobs = [(context.without(problem.id), problem) for context, problem in jobs]
     prompts = {job: tuple(sampler.tokenizer.chat(job[0].messages(job[1].question))) for job in dict.fromkeys(jobs)}
-    completions = sampler.generate([prompts[job] for job in jobs], max_new_tokens, temperature, seed, progress)
+    completions = sampler.generate([prompts[job] for job in jobs], max_new_tokens, temperature, seed, progress, greedy)
     rollouts = []
     for (context, problem), completion in zip(jobs, completions):
         text = sampler.tokenizer.decode(completion.tokens[:len(completion.tokens) - completion.stopped])

@@ -96,9 +96,10 @@ def held_out(run, context, count):
     c, out = run.config, {}
     problems = run.tasks[0].problems("val")
     problems = random.Random("val evaluation").sample(problems, min(count, len(problems)))
-    for name, samples, temperature in (("greedy", 1, 0.0), ("sampled", c.eval_samples, 1.0)):
-        rollouts = ask(run.sampler, run.tasks[0], [(context, p) for p in problems for _ in range(samples)], c.max_new_tokens,
-                       temperature, (c.seed, 0, 2))
+    rows = 1 + c.eval_samples                                           # a problem's first answer is the greedy one
+    everyone = ask(run.sampler, run.tasks[0], [(context, p) for p in problems for _ in range(rows)], c.max_new_tokens, 1.0, (c.seed, 0, 2),
+                   greedy=[i % rows == 0 for i in range(rows * len(problems))])
+    for name, rollouts in (("greedy", everyone[::rows]), ("sampled", [r for i, r in enumerate(everyone) if i % rows])):
         formatted = [r.stopped and extract_answer(r.text) is not None for r in rollouts]
         for key, values in ((name, [r.reward for r in rollouts]), (f"{name}_format", formatted)):
             out[key] = sum(values) / len(values)

@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
 import matplotlib.pyplot                                                  # noqa: E402, F401: warmed up for the children
 import model                                                              # noqa: E402
+import reflect                                                            # noqa: E402
 import rollout                                                            # noqa: E402
 from sampler import record                                                # noqa: E402
 from test_fst import what_counts, write_checkpoint                        # noqa: E402
@@ -34,7 +35,7 @@ from test_fst import what_counts, write_checkpoint                        # noqa
 RUNS = {**{method: (method, 1) for method in fst.METHODS}, "fst, two tasks in turn": ("fst", 2)}
 PHASES = ("elsewhere", "starting", "restoring", "sampling", "reflection", "evaluation", "gradient", "optimizer step", "journal",
           "saving", "between rename and cleanup", "curves")
-EVENTS = {"token": (rollout.Sampler, "decode"), "update": (fst.Learner, "update"), "refresh": (fst.Learner, "refresh"),
+EVENTS = {"token": (rollout.Sampler, "decode"), "proposals": (reflect.Search, "propose"), "update": (fst.Learner, "update"), "refresh": (fst.Learner, "refresh"),
           "row": (fst.Run, "journal"), "save": (fst.Run, "save"), "file": (fst, "replace_file"), "weights": (model, "replace_file"),
           "fsync": (os, "fsync"), "rename": (os, "replace"), "cleanup": (Path, "unlink"), "cut": (os, "truncate")}
 # Memory that the parent and its children share: the phase that the child is in, and how often each event has begun.
@@ -73,7 +74,8 @@ def watch_all():
     watch(fst.Learner, "update", "optimizer step")
     watch(fst, "plot", "curves")
     labels = {"sample": "sampling", "evolve": "sampling", "reflect": "reflection"}
-    watch(rollout.Sampler, "generate", lambda *a: labels.get(a[-1], "evaluation"))
+    watch(reflect, "evolve", "reflection")                                # all of it but its rollouts
+    watch(rollout.Sampler, "generate", lambda *a: labels.get(a[5], "evaluation"))       # a[5]: what its bar is called
 
     def renamed(function, *a):
         function(*a)
