@@ -28,7 +28,7 @@ from rollout import Context, Example
 
 OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
-DRAFTS = 2                # contexts drafted for each that is asked, where their likelihood is known,
+DRAFTS = 3                # contexts drafted for each that is asked, where their likelihood is known,
 PROBES = 16               # and the most anchors whose solutions' likelihood counts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ class Search:
         self.rng = random.Random(f"{seed} {step}")
         self.anchors = list({p.id: p for p in anchors}.values())
         self.rng.shuffle(self.anchors)                                  # any first part is then a fair sample
-        self.width = max(4, min(16, len(anchors) // 8))                 # children asked a round
+        self.width = max(4, min(16, len(anchors) // 6))                 # children asked a round
         self.candidates = list(dict.fromkeys(population.candidates))
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
@@ -334,7 +334,8 @@ class Search:
     def round(self):
         """Parents, proposals, gate, scoring; False once the budget does not suffice for all of it."""
         parents, left = self.draw_parents(), self.budget - self.spent
-        if left < MINIBATCH * (len(parents) + self.width) + len(self.anchors):
+        width = min(self.width, (left - len(self.anchors)) // MINIBATCH - len(parents))
+        if width < len(parents):
             return False
 
         # 1. The parents' fresh minibatches, of problems that they have not solved as far as there are: there is most to learn.
@@ -352,7 +353,7 @@ class Search:
         parents = [parent for parent in parents if reward[parent] < len(traces[parent])]      # a perfect one cannot be beaten
 
         # 2. Proposals, and the gate: strictly better than the parent on the same minibatch.
-        children = self.propose(parents, traces) if parents else []
+        children = self.propose(parents, traces, width) if parents else []
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
             after = sum(next(rollouts).reward for _ in minibatches[parent])
@@ -384,11 +385,11 @@ class Search:
 
     # -- proposals -------------------------------------------------------------------------------------------------
 
-    def propose(self, parents, traces):
+    def propose(self, parents, traces, width):
         """Up to `width` children to be asked: list of (candidate, parent). traces: the rollouts of each parent's minibatch."""
         self.sentences = [s for s in map(printable, general_sentences(self.feedback)) if not leaks(s, self.anchors) and not MARKUP.search(s)]
         slots = [name for name, record in self.population.operators.items() if not any(record)]       # each has a first chance
-        slots += [self.draw_operator() for _ in range(self.width - len(slots))]
+        slots = [*slots, *(self.draw_operator() for _ in range(width - len(slots)))][:width]
         slots = Counter((name, self.rng.choice(parents)) for name in slots)
 
         asked = [parent for (name, parent), n in slots.items() for _ in range(n) if name == "rewrite"]
