@@ -521,9 +521,9 @@ def glibc(function, *arguments):
 
 def keep_freed_memory():
     """glibc returns what is freed at the end of its heap to the system, and the next block there is cleared page by page: a tenth
-    of a training step's time on a CPU. Told so, it keeps up to 1 GB of it, until return_freed_memory."""
+    of a training step's time on a CPU. Told so, it keeps up to 0.5 GB of it, until return_freed_memory."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    glibc("mallopt", M_TRIM_THRESHOLD, 2 ** 30)
+    glibc("mallopt", M_TRIM_THRESHOLD, 2 ** 29)
     glibc("mallopt", M_MMAP_THRESHOLD, 2 ** 25)     # what glibc would have come to by itself
 
 

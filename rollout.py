@@ -183,7 +183,7 @@ STORIES = [     # things; where they are, unless they are a person's; wordings o
 
 
 class Arithmetic(Generated):
-    """Word problems of `level` steps, the first a sum, difference or product of numbers from 2 to 9, the next by up to 20."""
+    """Word problems of `level` steps: first a sum or product of two numbers from 2 to 9, or a difference within ten; then by up to 20."""
     name, levels, asked = "arithmetic", 8, "the number and nothing else"
 
     def make(self, rng, level):
@@ -191,7 +191,9 @@ class Arithmetic(Generated):
         things, (name, friend) = rng.choice(things), rng.sample(NAMES, 2)
         c, d, steps = rng.randint(2, 9), rng.randint(2, 9), []
         gain, change, total = rng.random() < 1 / 2, rng.randint(2, 9), rng.randint(2, 9)
-        total += 0 if gain else change                  # a sum of two numbers from 2 to 9, or a difference that undoes one
+        if not gain:                                    # within ten: across it the smallest models cannot subtract at all
+            total = rng.randint(4, 10)
+            change = rng.randint(2, total - 2)
         words = {"name": name, "friend": friend, "things": things, "c": c, "d": d}
         opening = f"There are {{n}} {things} {where}" if where else f"{name} has {{n}} {things}"
         question = f"How many {things} " + (f"are {where} now?" if where else f"does {name} have now?")
