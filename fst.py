@@ -92,7 +92,7 @@ class Config:
     warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
     micro_batch: int = setting(None, "tokens in one forward and backward pass; auto (0): as many as fit, and no more slots than fit",
-                               "ours: auto on CUDA, 1152 on a CPU")
+                               "ours: auto on CUDA, 1088 on a CPU")
     memory: float = setting(None, "GB that auto may plan with", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
@@ -126,9 +126,9 @@ def resolve(config):
     for field, value in dict(
             steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
-            micro_batch=1152 if cpu else 0, eval_every=c.cycle, save_every=c.cycle,
+            micro_batch=1088 if cpu else 0, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
-            prompt_tokens=(256 if plain else 1024) if cpu else 2048, reflection_tokens=96 if cpu else 1024).items():
+            prompt_tokens=(288 if plain else 1024) if cpu else 2048, reflection_tokens=96 if cpu else 1024).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
     if c.memory is None:

@@ -395,15 +395,18 @@ class Search:
         asked = [parent for (name, parent), n in slots.items() for _ in range(n) if name == "rewrite"]
         replies = self.write([reflection(parent.context, traces[parent]) for parent in asked], self.calls) if asked else []
         children = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
+        for child, _ in children:
+            if child.verdict == "rejected":               # its place goes to another operator
+                slots[self.draw_operator(OPERATORS[1:]), self.rng.choice(parents)] += 1
         for (name, parent), n in slots.items():
             if name != "rewrite":
                 barred = {r.problem.id for r in traces[parent]}
                 children += [(child, parent) for child in self.climb(getattr(self, name), parent, barred, n)]
         return [(child, parent) for child, parent in children if child.verdict != "rejected"]
 
-    def draw_operator(self):
+    def draw_operator(self, operators=OPERATORS):
         """Thompson sampling: the operator whose success rate, drawn from its Beta posterior, is the highest."""
-        return max(OPERATORS, key=lambda name: self.rng.betavariate(*(1 + n for n in self.population.operators[name])))
+        return max(operators, key=lambda name: self.rng.betavariate(*(1 + n for n in self.population.operators[name])))
 
     def add(self, context, parent, operator, verdict="failed", reason=""):
         """A new candidate; one that is not asked, or does not get past the gate, keeps its verdict."""
