@@ -92,7 +92,7 @@ class Config:
     warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
     micro_batch: int = setting(None, "tokens in one forward and backward pass; auto (0): as many as fit, and no more slots than fit",
-                               "ours: auto on CUDA, 1088 on a CPU")
+                               "ours: auto on CUDA, 1280 on a CPU")
     memory: float = setting(None, "GB that auto may plan with", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
@@ -126,9 +126,9 @@ def resolve(config):
     for field, value in dict(
             steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
             max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
-            micro_batch=1088 if cpu else 0, eval_every=c.cycle, save_every=c.cycle,
+            micro_batch=1280 if cpu else 0, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
-            prompt_tokens=(288 if plain else 1024) if cpu else 2048, reflection_tokens=96 if cpu else 1024).items():
+            prompt_tokens=(320 if plain else 1024) if cpu else 2048, reflection_tokens=96 if cpu else 1024).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
     if c.memory is None:
@@ -169,9 +169,9 @@ def plan(c, m, weights):
         held always     2 w N + 12 N                    the model and its base in w bytes a number; fp32 masters and two moments
         while sampling  slots (n R + (w + 8) V) + n K C    keys and values of R = question + answer tokens a row, and of K contexts of
                                                         C tokens, n = 2 w layers kv bytes each; logits, and two copies in fp32
-        while training  4 N + tokens (w layers (4 H + 5 (q + kv) + 4 I) + 4 w heads span) + V (1024 w + 128 (w + 8) + H (4 + 2 w))
-                        gradients; what autograd keeps of a token in a layer: 4 vectors of the hidden size H, 5 of the queries'
-                        and of the keys' size, 4 of the MLP's; a token's attention scores over its span, of one layer at a time;
+        while training  4 N + tokens (w layers (5 H + 5 (q + kv) + 2 I) + 4 w heads span) + V (1024 w + 128 (w + 8) + H (4 + 2 w))
+                        gradients; what autograd keeps of a token in a layer: 5 vectors of the hidden size H, 5 of the queries'
+                        and of the keys' size, 2 of the MLP's; a token's attention scores over its span, of one layer at a time;
                         logits in chunks, and the head's gradient
 
     On a CPU in bf16, sampling also holds the weights in oneDNN's layout, w N."""
@@ -180,7 +180,7 @@ def plan(c, m, weights):
     span = min(m.context, c.prompt_tokens + QUESTION + c.max_new_tokens)
     n = 2 * w * m.num_layers * kv
     row = n * (QUESTION + c.max_new_tokens) + (w + 8) * V
-    token = w * m.num_layers * (4 * H + 5 * (q + kv) + 4 * m.intermediate_size) + 4 * w * m.num_heads * span
+    token = w * m.num_layers * (5 * H + 5 * (q + kv) + 2 * m.intermediate_size) + 4 * w * m.num_heads * span
     parts = {"weights": 2 * w * weights, "masters and moments": 12 * weights, "gradients": 4 * weights,
              "logits": V * (1024 * w + 128 * (w + 8) + H * (4 + 2 * w)), "contexts": n * c.prompts * c.prompt_tokens,
              "packed": w * weights if c.device == "cpu" and w == 2 else 0}

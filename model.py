@@ -124,8 +124,8 @@ class Transformer(nn.Module):
                 qk = torch.cat([rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)], dim=1)
             q, k = rotate(qk, cos, sin).split([c.num_heads, c.num_kv_heads], dim=1)
             x = x + self.linear(attend(index, q, k, v), layer.output)
-            gate, up = self.linear(rms_norm(x, layer.mlp_norm, c.norm_eps), layer.gate_up).chunk(2, dim=-1)
-            x = x + self.linear(F.silu(gate) * up, layer.down)
+            gate_up = self.linear(rms_norm(x, layer.mlp_norm, c.norm_eps), layer.gate_up)
+            x = x + recomputed(lambda gate_up, down: self.linear(swiglu(gate_up), down), gate_up, layer.down)
         return rms_norm(x, self.norm, c.norm_eps)
 
     def forward(self, tokens):
@@ -137,9 +137,20 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.output_weight()).float().view(rows, length, -1)
 
 
+def recomputed(function, *arguments):
+    """function(*arguments), of which autograd keeps the arguments alone and computes the rest again in the backward pass: for what is
+    cheap to compute and large to keep."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else function(*arguments)
+
+
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in fp32 (Zhang & Sennrich, arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return recomputed(F.rms_norm, x, (x.shape[-1],), weight, eps)
+
+
+def swiglu(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up                                                                  # (Shazeer, arXiv 2002.05202)
 
 
 def rope_table(config: Config, positions, dtype):
@@ -263,9 +274,7 @@ class Layout:
                 mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
                 prefix = take(k, shared).transpose(1, 2), take(v, shared).transpose(1, 2), mask[:, None, None, None]
             arguments = take(q, rows), own(k), own(v), future.repeat(q.shape[1] // k.shape[1], 1), prefix
-            # with gradient, the scores are not kept but computed again: they are most of what a layer would hold
-            out = checkpoint(attention, *arguments, use_reentrant=False) if q.requires_grad else attention(*arguments)
-            outputs.append(out.flatten(0, 2))
+            outputs.append(recomputed(attention, *arguments).flatten(0, 2))                   # its scores would be most of what is kept
         return torch.cat(outputs).index_select(0, self.place)                                 # [tokens, heads * head_dim]
 
 
