@@ -58,9 +58,9 @@ def long_run(folder, steps, cycle=6):
         memory.append(resident())
         return row
 
-    def counted(*a):
-        after(*a)
-        if run.steps_done() % cycle == 0:
+    def counted(kind, task):
+        after(kind, task)
+        if kind == "slow" and run.steps_done() % cycle == 0:
             files.append(sizes(run.folder))
 
     run.slow, run.after = timed, counted

@@ -156,22 +156,31 @@ def main():
     import tempfile
     folder = tempfile.mkdtemp()
     save(folder, model, tokenizer)
-    systems = {"ours": lambda prompts, limit, seed: ours(model, tokenizer, prompts, limit, seed, options.slots)}
-    if "transformers" in options.peers:
+
+    def transformers_():
         import transformers
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").to(device).eval()
-        systems["transformers"] = lambda prompts, limit, seed: with_transformers(theirs, tokenizer, prompts, limit, seed)
-    if "vllm" in options.peers:
+        return lambda prompts, limit, seed: with_transformers(theirs, tokenizer, prompts, limit, seed)
+
+    def vllm_():
+        from vllm import LLM
+        engine = LLM(folder, dtype="bfloat16", max_model_len=2560, enable_prefix_caching=True)
+        return lambda prompts, limit, seed: with_vllm(engine, tokenizer, prompts, limit, seed)
+
+    # One system after another, vLLM last: its worker takes half of a core even while it waits.
+    systems = {"ours": lambda: lambda prompts, limit, seed: ours(model, tokenizer, prompts, limit, seed, options.slots),
+               "transformers": transformers_, "vllm": vllm_}
+    for system, start in systems.items():
+        if system != "ours" and system not in options.peers.split(","):
+            continue
         try:
-            from vllm import LLM
-            engine = LLM(folder, dtype="bfloat16", max_model_len=2560, enable_prefix_caching=True)
-            systems["vllm"] = lambda prompts, limit, seed: with_vllm(engine, tokenizer, prompts, limit, seed)
-        except ImportError:
-            print("vLLM is not installed: not measured")
-    for name in options.job or JOBS:
-        problems, samples, limit, long = JOBS[name]
-        prompts = prompts_of(tokenizer, task, problems, samples, long)
-        for system, function in systems.items():
+            function = start()
+        except ImportError as error:
+            print(f"{system}: not measured ({error})")
+            continue
+        for name in options.job or JOBS:
+            problems, samples, limit, long = JOBS[name]
+            prompts = prompts_of(tokenizer, task, problems, samples, long)
             rate, tokens = measure(lambda seed: function(prompts, limit, seed), options.repeats, device)
             share = least_seconds(model, reach, prompts, tokens, options.slots) * rate / tokens
             print(f"{name:36} {system:14} {rate:8.0f} tok/s  ({tokens} tokens), {share:4.0%} of the limit", flush=True)
