@@ -35,8 +35,8 @@ from test_fst import what_counts, write_checkpoint                        # noqa
 RUNS = {**{method: (method, 1) for method in fst.METHODS}, "fst, two tasks in turn": ("fst", 2)}
 PHASES = ("elsewhere", "starting", "restoring", "sampling", "reflection", "evaluation", "gradient", "optimizer step", "journal",
           "saving", "between rename and cleanup", "curves")
-EVENTS = {"token": (rollout.Sampler, "decode"), "proposals": (reflect.Search, "propose"), "update": (fst.Learner, "update"), "refresh": (fst.Learner, "refresh"),
-          "row": (fst.Run, "journal"), "save": (fst.Run, "save"), "file": (fst, "replace_file"), "weights": (model, "replace_file"),
+EVENTS = {"token": (rollout.Sampler, "decode"), "proposals": (reflect.Search, "propose"), "update": (fst.Learner, "update"),
+          "refresh": (fst.Learner, "refresh"), "row": (fst.Run, "journal"), "save": (fst.Run, "save"), "file": (fst, "replace_file"), "weights": (model, "replace_file"),
           "fsync": (os, "fsync"), "rename": (os, "replace"), "cleanup": (Path, "unlink"), "cut": (os, "truncate")}
 # Memory that the parent and its children share: the phase that the child is in, and how often each event has begun.
 SHARED = np.frombuffer(mmap.mmap(-1, 8 * (1 + len(EVENTS))), dtype=np.int64)
