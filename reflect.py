@@ -322,6 +322,8 @@ class Search:
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)
         known = [p for p in self.anchors if p.id in self.solutions]
         self.probes = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
+        likings = self.likings([c.context for c in self.candidates])
+        self.liking = {c: likings[c.context] for c in self.candidates}
 
     def estimate(self, candidate):
         """A candidate's mean, drawn towards the mean of all as if by 4 more problems: 3 of 3 is no better than 40 of 48."""
@@ -352,13 +354,14 @@ class Search:
         reward = {parent: sum(r.reward for r in traces[parent]) for parent in parents}
         parents = [parent for parent in parents if reward[parent] < len(traces[parent])]      # a perfect one cannot be beaten
 
-        # 2. Proposals, and the gate: strictly better than the parent on the same minibatch.
+        # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which at a
+        #    hard start is the rule and tells nothing, the likelihood of known solutions decides.
         children = self.propose(parents, traces, width) if parents else []
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
             after = sum(next(rollouts).reward for _ in minibatches[parent])
             child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {reward[parent]:g}"
-            if after > reward[parent]:
+            if after > reward[parent] or after == 0 and self.liking[child] > self.liking[parent]:
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -376,12 +379,13 @@ class Search:
         return True
 
     def promise(self, candidate):
-        return self.estimate(candidate), self.liking.get(candidate, 0.0)
+        return self.estimate(candidate), self.liking[candidate]
 
     def draw_parents(self):
         cell = lambda c, p: average(c.scores[self.step][p.id]) if p.id in c.scores[self.step] else None
-        weights = parent_weights([[cell(c, p) for p in self.anchors] for c in self.contenders])
-        return list(dict.fromkeys(self.rng.choices(self.contenders, weights, k=min(3, self.width // 4))))
+        pool = sorted(self.contenders, key=self.liking.get, reverse=True)       # of equal means the first has the floor
+        weights = parent_weights([[cell(c, p) for p in self.anchors] for c in pool])
+        return list(dict.fromkeys(self.rng.choices(pool, weights, k=min(3, self.width // 4))))
 
     # -- proposals -------------------------------------------------------------------------------------------------
 
@@ -434,7 +438,7 @@ class Search:
             self.population.operators["rewrite"][1] += 1
             return self.add(Context(printable(reply)[:2000], parent.context.examples), parent, "rewrite", "rejected", str(error))
         child = self.add(context, parent, "rewrite")
-        self.liking[child] = self.liking.get(parent, 0.0)
+        self.liking[child] = self.liking[parent]
         return child
 
     def climb(self, operator, parent, barred, slots):
@@ -523,7 +527,8 @@ class Search:
         #    cannot win.
         rewards = lambda c, p: c.scores[self.step].get(p.id, [])
         estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]
-        kept = [pool[i] for i in cover(estimates, [mean[c] - (not whole[c]) for c in pool], [self.count(c.context) for c in pool], keep)]
+        means = [(mean[c] - (not whole[c]), self.liking[c]) for c in pool]      # equally good ones: the likelier
+        kept = [pool[i] for i in cover(estimates, means, [self.count(c.context) for c in pool], keep)]
 
         # 4. Where those are fewer than K: the best of the others that were asked, then repeats.
         others = sorted(first.values(), key=mean.get, reverse=True)

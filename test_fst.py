@@ -2683,6 +2683,20 @@ def test_from_zero_to_working():
     assert 0.15 < statistics.mean(Model().accuracy(p.contexts[0]) for p in bare) < statistics.mean(reached)
 
 
+def test_where_nothing_is_solved_the_likelihood_of_known_solutions_decides():
+    class Unsolved(Model):                                # what it would be able to do shows in the likelihoods alone
+        def ask(self, jobs, seed):
+            return [dataclasses.replace(r, text="?", reward=0.0, feedback=f"Wrong.\nA reference solution:\n{r.problem.solution}")
+                    for r in super().ask(jobs, seed)]
+
+    def winner(seed, likely):
+        population, everyone, _ = run(Unsolved(), seed, likely=likely)
+        assert all(c.mean(0) in (None, 0.0) for c in everyone)
+        assert likely or not any(c.verdict == "accepted" for c in everyone)
+        return Model().accuracy(population.contexts[0])
+    assert statistics.mean(winner(seed, True) for seed in range(6)) > 0.25 and winner(0, False) == 0
+
+
 def test_the_same_seed_gives_the_same_and_json_loses_nothing():
     def story(reload):
         population, rows = None, []
