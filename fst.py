@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import reflect
 from model import load, reading, replace_file, return_freed_memory, save
-from rollout import TASKS, Context, Sampler, ask, get_task, score, share
+from rollout import TASKS, Context, Sampler, ask, examine, get_task, score, share
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration: one flag per field
@@ -77,8 +77,8 @@ class Config:
     steps: int = setting(None, "slow steps, for each task", "paper: not known; ours by device")
     cycle: int = setting(6, "T: slow steps in a cycle", "paper")
     batch: int = setting(None, "problems in a slow step", "paper: 32; on a CPU 8")
-    group: int = setting(16, "G: rollouts of a problem", "paper: not known")
-    prompts: int = setting(4, "K: prompts in the population", "paper")
+    group: int = setting(None, "G: rollouts of a problem", "paper: not known; ours 16, on a CPU 12")
+    prompts: int = setting(None, "K: prompts in the population", "paper: 4; on a CPU 2")
     # sampling
     max_new_tokens: int = setting(None, "limit of an answer", "paper: not known; ours by task")
     temperature: float = setting(1.0, "of the rollouts that train; no truncation, so that the loss knows the sampling policy")
@@ -92,7 +92,7 @@ class Config:
     warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
     micro_batch: int = setting(None, "tokens in one forward and backward pass; auto (0): as many as fit, and no more slots than fit",
-                               "ours: auto on CUDA, 1280 on a CPU")
+                               "ours: auto; 1280 for arithmetic on a CPU")
     memory: float = setting(None, "GB that auto may plan with", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
@@ -102,7 +102,7 @@ class Config:
     # evaluation and files
     eval_every: int = setting(None, "slow steps between evaluations; 0: only the last", "ours: the cycle's length")
     eval_problems: int = setting(None, "problems in an evaluation", "ours by device")
-    eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 2")
+    eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
     save_every: int = setting(None, "slow steps between saved states", "ours: the cycle's length")
     out: str = setting("", "the run's folder; empty: runs/TASK-METHOD-SEED")
 
@@ -124,10 +124,11 @@ def resolve(config):
         raise ValueError(f"no device {c.device!r} here: PyTorch finds {'CUDA' if torch.cuda.is_available() else 'only the CPU'}")
     plain = all(name == "arithmetic" for name in names)
     for field, value in dict(
-            steps=(12 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32,
+            steps=(9 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32, group=12 if cpu else 16,
+            prompts=2 if cpu else 4,
             max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
-            micro_batch=1280 if cpu else 0, eval_every=c.cycle, save_every=c.cycle,
-            eval_problems=64 if cpu else 256, eval_samples=2 if cpu else 4,
+            micro_batch=1280 if cpu and plain else 0, eval_every=c.cycle, save_every=c.cycle,
+            eval_problems=64 if cpu else 256, eval_samples=1 if cpu else 4,
             prompt_tokens=(320 if plain else 1024) if cpu else 2048, reflection_tokens=96 if cpu else 1024).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
@@ -623,20 +624,17 @@ class Run:
         distinct = list(dict.fromkeys(contexts.values()))
         for prefix, model in (models or {"": self.model}).items():
             sampler = Sampler(model, self.tokenizer, self.slots)
-            size, rows = len(problems), 1 + c.eval_samples              # a problem's first answer is the greedy one
-            jobs = [(context, problem) for context in distinct for problem in problems for _ in range(rows)]
-            rollouts = ask(sampler, self.tasks[task], jobs, c.max_new_tokens, 1.0, (c.seed, task, 2), "evaluate",
-                           [i % rows == 0 for i in range(len(jobs))])
-            rewards = np.array([r.reward for r in rollouts]).reshape(len(distinct), size, rows)
+            answers = examine(sampler, self.tasks[task], distinct, problems, c.eval_samples, c.max_new_tokens, (c.seed, task, 2), "evaluate")
+            size = len(problems)
             for name, context in contexts.items():
-                right, drawn = np.split(rewards[distinct.index(context)], [1], axis=1)        # [problems, 1], [problems, samples]
-                means = drawn.mean(1)
+                rewards = np.array([[r.reward for r in rollouts] for rollouts in answers[distinct.index(context)]])
+                right, means = rewards[:, 0], rewards[:, 1:].mean(1)                          # [problems]
                 spread = 1.96 * means.std() / math.sqrt(size)
                 row[f"{prefix}{name}greedy"], row[f"{prefix}{name}greedy_interval"] = right.mean(), wilson(right.sum(), size)
                 row[f"{prefix}{name}mean"] = means.mean()
                 row[f"{prefix}{name}mean_interval"] = [max(0.0, means.mean() - spread), min(1.0, means.mean() + spread)]
             if model is self.model:
-                judged = [(r.prompt, r.tokens) for r in rollouts[1::4 * rows]]                # one sample of every fourth problem
+                judged = [(r.prompt, r.tokens) for under in answers for _, r, *_ in under[::4]]   # a sample of every fourth problem
                 ours, base = (torch.cat(score_all(m, judged, 1.0, self.micro_batch)) for m in (self.model, self.base))
                 row["kl_base"] = kl_k3(ours, base).mean().item()
         row["seconds"] = time.perf_counter() - start
@@ -939,9 +937,10 @@ def check(config):
     print(f"model              {c.why_model}")
     model, _ = load(c.model)
     weights, m = sum(p.numel() for p in model.parameters()), model.config
-    phases = [kind for kind, _, _ in schedule(c)]
-    slow = phases.count("slow") * c.batch * c.group
-    fast = phases.count("fast") * int(c.passes * c.batch * c.cycle)
+    phases = schedule(c)
+    steps = sum(kind == "slow" for kind, _, _ in phases)
+    slow = steps * c.batch * c.group
+    fast = sum(int(c.passes * c.batch * min(c.cycle, c.steps - cycle * c.cycle)) for kind, _, cycle in phases if kind == "fast")
     c.dtype = {"auto": str(dtype).removeprefix("torch.") if c.device == "cpu" else "bfloat16"}.get(c.dtype, c.dtype)
     parts, micro_batch, slots = plan(c, m, weights)
     total = parts["in all"]
@@ -952,8 +951,15 @@ def check(config):
         print(f"  that is more than the {c.memory:.1f} GB to plan with")
     if c.device == "cpu":
         rate = 2 * 1024 * 512 * 1024 / min(seconds.values())
-        flops = 2 * weights * c.max_new_tokens * (5 * slow + 1.5 * fast)  # sampled at about half the rate, trained at three forward passes
-        print(f"{dtype} is the faster here, {rate / 1e9:.0f} GFLOP/s: at most {flops / rate / 60:.0f} minutes, less as answers end sooner")
+        # in tokens of a forward pass: an answer is sampled at half the rate, training costs four passes, two of them backward; a fast
+        # phase samples few rows at a time, and drafts a context for every eighth rollout, whose probes the model reads
+        K = 1 if c.method == "rl" else c.prompts
+        work = 5 * steps * K * (c.prompt_tokens * (c.method != "rl") + c.batch * QUESTION) + 6 * slow * c.max_new_tokens
+        work += fast * (QUESTION + 4 * c.max_new_tokens + (c.prompt_tokens + reflect.PROBES * (QUESTION + c.max_new_tokens)) // 8)
+        asked = 2 * c.eval_problems * (4 * len(c.task.split(",")) + (steps // c.eval_every if c.eval_every else 0) + 1)
+        work += asked * (QUESTION + 2 * c.max_new_tokens * (1 + c.eval_samples))
+        print(f"{dtype} is the faster here, {rate / 1e9:.0f} GFLOP/s: about {2 * weights * work / rate / 60:.0f} minutes if no answer "
+              "ends before its limit")
     else:
         print("time: not estimated for CUDA")
 

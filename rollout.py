@@ -741,6 +741,15 @@ def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=N
     return rollouts
 
 
+def examine(sampler, task, contexts, problems, samples, max_new_tokens, seed=0, progress=None):
+    """Under each context every problem once greedy, then `samples` times at temperature 1, all in one batch:
+    Rollouts [contexts][problems][1 + samples]."""
+    rows = 1 + samples
+    jobs = [(context, problem) for context in contexts for problem in problems for _ in range(rows)]
+    rollouts = iter(ask(sampler, task, jobs, max_new_tokens, 1.0, seed, progress, [i % rows == 0 for i in range(len(jobs))]))
+    return [[[next(rollouts) for _ in range(rows)] for _ in problems] for _ in contexts]
+
+
 def score(model, rows, temperature=1.0):
     """rows: list of (prompt, tokens) ids -> log-probs and entropies [all rows' tokens, one row after another], the prompts'
     common prefixes run once, and with gradient where it is on: the same forward as the sampler's, all tokens known."""

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
-from rollout import Context, ask, extract_answer                          # noqa: E402
+from rollout import Context, ask, examine, extract_answer                 # noqa: E402
 from sampler import record                                                # noqa: E402
 
 COMPONENT = "system_prompt"
@@ -96,10 +96,8 @@ def held_out(run, context, count):
     c, out = run.config, {}
     problems = run.tasks[0].problems("val")
     problems = random.Random("val evaluation").sample(problems, min(count, len(problems)))
-    rows = 1 + c.eval_samples                                           # a problem's first answer is the greedy one
-    everyone = ask(run.sampler, run.tasks[0], [(context, p) for p in problems for _ in range(rows)], c.max_new_tokens, 1.0, (c.seed, 0, 2),
-                   greedy=[i % rows == 0 for i in range(rows * len(problems))])
-    for name, rollouts in (("greedy", everyone[::rows]), ("sampled", [r for i, r in enumerate(everyone) if i % rows])):
+    answers, = examine(run.sampler, run.tasks[0], [context], problems, c.eval_samples, c.max_new_tokens, (c.seed, 0, 2))
+    for name, rollouts in (("greedy", [row[0] for row in answers]), ("sampled", [r for row in answers for r in row[1:]])):
         formatted = [r.stopped and extract_answer(r.text) is not None for r in rollouts]
         for key, values in ((name, [r.reward for r in rollouts]), (f"{name}_format", formatted)):
             out[key] = sum(values) / len(values)

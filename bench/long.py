@@ -86,9 +86,10 @@ def growth(folder, steps):
     fixed = {name: (files[0][name], files[-1][name])
              for name in ("state/state.safetensors", "checkpoint/model.safetensors", "checkpoint/prompts.json")}
     mismatch = [row["kl_sampler"] for row in rows if "kl_sampler" in row]
+    cycles = memory[steps // len(files) - 1::steps // len(files)]
     row = {"kind": "long run", "steps": steps, "fast_phases": len(files), "seed": 0,
            "step_cpu_seconds": first_and_last(seconds), "memory_mb": first_and_last(memory),
-           "memory_mb_after_first_cycle": memory[5], "memory_mb_at_the_end": memory[-1], "memory_mb_by_cycle": memory[5::6],
+           "memory_mb_after_first_cycle": cycles[0], "memory_mb_at_the_end": memory[-1], "memory_mb_by_cycle": cycles,
            "journal_bytes_per_cycle": journals, "file_bytes_first_and_last": fixed,
            "kl_sampler": first_and_last(mismatch), "kl_sampler_largest": max(mismatch)}
     print(json.dumps(row, indent=1), flush=True)
