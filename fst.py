@@ -446,6 +446,7 @@ class Run:
             contexts = [Context(self.tasks[task].seed_prompt)]
         jobs = [(contexts[g * len(contexts) // c.group], problem) for problem in problems for g in range(c.group)]
         rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, 1, step), "sample")
+        self.population.record(rollouts, self.learner.updates)
         return_freed_memory()                             # training wants blocks of other sizes
         sampled = time.perf_counter()
         rewards = torch.tensor([r.reward for r in rollouts]).view(len(problems), c.group)

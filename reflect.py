@@ -6,8 +6,9 @@ takes the K prompts of the last cycle and the problems of the next one, the anch
 
   1. measure   The carried prompts are asked again: the weights moved, and scores of other weights never count.
   2. rounds    Parents are drawn from the Pareto frontier and answer a fresh minibatch of 3 problems. Operators propose children
-               of them. A child that beats its parent strictly on the same minibatch is accepted, and the most promising of the
-               accepted are scored on all anchors, without which a prompt cannot win.
+               of them. A child that beats its parent strictly on the same minibatch is accepted (or, where neither solves any
+               of it, one under which known solutions are likelier), and the most promising of the accepted are scored on all
+               anchors, without which a prompt cannot win.
   3. keep      The best prompt, then those that add most to what the kept ones solve.
 
 The operators: `rewrite`, the model reads the prompt and rollouts with feedback and writes a better prompt; `lesson`, a general
@@ -83,6 +84,14 @@ class Population:
     @property
     def contexts(self):
         return [candidate.context for candidate in self.candidates]
+
+    def record(self, rollouts, step):
+        """Rollouts of the slow phase made at the weights that the prompts were scored at, as in the first step after a fast phase, are
+        scores like others. What was asked without one of its prompt's examples is not."""
+        for c in set(self.candidates):
+            for r in rollouts:
+                if r.context == c.context and step in c.scores:
+                    c.scores[step].setdefault(r.problem.id, []).append(r.reward)
 
     def to_json(self):
         return {"candidates": [c.to_json() for c in self.candidates], "proposed": self.proposed, "operators": self.operators}
@@ -239,7 +248,7 @@ def reflection(context, rollouts):
 # Evolution
 
 
-def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, step, seed, prompt_tokens=1024, known=()):
+def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, step, seed, prompt_tokens=1024):
     """Evolves `population` in place on `anchors`, with at most `budget` rollouts. Returns every candidate that was looked at,
     carried ones first, and the number of rollouts spent. The population then holds exactly `keep` prompts, best first; one is
     repeated only where there are no others at least half as good.
@@ -247,9 +256,9 @@ def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, 
     ask([(Context, Problem)], seed) -> [Rollout]                        all in one batch
     write([messages], seed) -> [(text, stopped)]                        the reflector
     likelihood([(Context, Problem, text)]) -> [mean log-prob a token]   or None
-    count(Context) -> tokens;  step: optimizer steps that the weights have taken;  known: rollouts made at the same weights."""
+    count(Context) -> tokens;  step: optimizer steps that the weights have taken."""
     search = Search(population, anchors, ask, write, likelihood, count, budget, step, seed, prompt_tokens)
-    search.measure_carried(known)
+    search.measure_carried()
     while search.round():
         pass
     search.finish(keep)
@@ -310,13 +319,9 @@ class Search:
     def missing(self, candidate):
         return sum(p.id not in candidate.scores[self.step] for p in candidate.scorers(self.anchors))
 
-    def measure_carried(self, known):
+    def measure_carried(self):
         """Of five passes over the anchors two go to the carried prompts, shared equally, and as much as it takes to know the best
         of them in full; the others are completed at the end, if they are still worth it."""
-        for rollout in known:
-            for c in self.candidates:
-                if c.context == rollout.context and c.scorers([rollout.problem]):
-                    self.record(c, rollout)
         share = self.budget if len(self.candidates) == 1 else 2 * self.budget // (5 * len(self.candidates))
         self.measure(self.candidates, self.anchors[:max(1, share)])
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)

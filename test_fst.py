@@ -2726,16 +2726,22 @@ def test_scores_of_older_weights_are_not_used():
     assert any(len(r) > 1 for c in same.candidates for r in c.scores[6].values())         # at the same weights they add up
 
 
-def test_known_rollouts_count():
+def test_slow_rollouts_at_the_same_weights_count():
     population = Population([Context("You are a helpful assistant.", (Example("q", "a", "train/0"),))])
     anchors, model = problems(12), Model(base=0.5)
-    context = population.contexts[0]
-    known = model.ask([(context, p) for p in anchors[1:5]], 99) + Model(base=1.0).ask([(Context("Another."), anchors[6])], 99)
-    known.append(Rollout(anchors[0], context.without("train/0"), (1,), [1], [0.0], "", True, 1.0, ""))      # asked without its example
+    winner = population.candidates[0]
+    context = winner.context
+    slow = model.ask([(context, p) for p in anchors[1:5]], 99) + Model(base=1.0).ask([(Context("Another."), anchors[6])], 99)
+    slow.append(Rollout(anchors[0], context.without("train/0"), (1,), [1], [0.0], "", True, 1.0, ""))       # asked without its example
+    population.record(slow, 0)
+    assert winner.scores == {}                                             # not scored at these weights yet, so the next phase asks anew
+    winner.scores = {0: {anchors[1].id: [0.5]}}
+    population.record(slow, 1)                                             # the weights have moved
+    population.record(slow, 0)
+    assert winner.scores == {0: {anchors[1].id: [0.5, slow[0].reward], **{r.problem.id: [r.reward] for r in slow[1:4]}}}
     model.rollouts = []
-    run(model, anchors=anchors, population=population, n=12, budget=7, known=known)
-    row = next(c for c in [*population.candidates] if c.id == 0).scores[0]
-    assert set(row) == {p.id for p in anchors[1:]} and [row[r.problem.id] for r in known[:4]] == [[r.reward] for r in known[:4]]
+    run(model, anchors=anchors, population=population, n=12, budget=7)     # asks the other seven
+    assert {r.problem.id for r in model.rollouts} == {p.id for p in anchors[5:]} and winner.scores[0].keys() == {p.id for p in anchors[1:]}
 
 
 def test_a_child_no_better_is_accepted_as_often_as_chance_says():
