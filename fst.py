@@ -394,8 +394,13 @@ def schedule(config):
         slow = [("slow", i, step) for step in range(config.steps)]
         fast = [("fast", i, cycle) for cycle in range(math.ceil(config.steps / config.cycle))]
         phases += {"rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.get(config.method) or [
-            phase for _, _, cycle in fast for phase in [fast[cycle]] + slow[cycle * config.cycle:(cycle + 1) * config.cycle]]
+            phase for cycle, _ in enumerate(fast) for phase in [fast[cycle], *(slow[step] for step in steps_of(config, cycle))]]
     return phases
+
+
+def steps_of(config, cycle):
+    """The slow steps of a cycle; the last one may have fewer."""
+    return range(cycle * config.cycle, min((cycle + 1) * config.cycle, config.steps))
 
 
 class Run:
@@ -408,7 +413,7 @@ class Run:
         self.tasks = [get_task(name, c.level, c.data or None, read_seed_prompt(c.seed_prompt)) for name in c.task.split(",")]
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
-        self.base = copy.deepcopy(self.model).requires_grad_(False)
+        self.base = self.model if c.method == "gepa" else copy.deepcopy(self.model).requires_grad_(False)
         self.learner = None if c.method == "gepa" else Learner(self.model, c.lr, c.warmup)
         # the micro-batch becomes smaller once memory ran out
         _, self.micro_batch, self.slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()))
@@ -564,8 +569,7 @@ class Run:
     def fast(self, task, cycle):
         """Evolves the population on the problems of the cycle's T batches, the weights held still."""
         c, start = self.config, time.perf_counter()
-        steps = range(cycle * c.cycle, min((cycle + 1) * c.cycle, c.steps))
-        anchors = [problem for step in steps for problem in self.batch(task, step)]
+        anchors = [problem for step in steps_of(c, cycle) for problem in self.batch(task, step)]
         reflector = self.sampler if c.reflector == "self" else Sampler(self.base, self.tokenizer, self.slots)
         tokens = 0
 
@@ -609,8 +613,8 @@ class Run:
     def steps_done(self):
         """Slow steps behind us; where there are none (gepa), the steps whose problems the fast phases have seen."""
         c = self.config
-        phases = [kind for kind, _, _ in self.phases[:self.done]]
-        return len(phases) * c.cycle if c.method == "gepa" else phases.count("slow")
+        behind = self.phases[:self.done]
+        return sum(len(steps_of(c, i)) if c.method == "gepa" else kind == "slow" for kind, _, i in behind)
 
     def evaluate(self, task, split, count, models=None):
         """Accuracy with the best prompt and with the seed prompt, greedy and sampled at temperature 1, on the same problems for
@@ -622,11 +626,12 @@ class Run:
         row = {"kind": "eval", "task": self.tasks[task].name, "split": split, "n": len(problems), "samples": c.eval_samples,
                "max_new_tokens": c.max_new_tokens, "step": self.steps_done(), **self.spent,
                "rollouts": self.spent["slow_rollouts"] + self.spent["fast_rollouts"]}
-        distinct = list(dict.fromkeys(contexts.values()))
+        distinct, size, asked = list(dict.fromkeys(contexts.values())), len(problems), {}
         for prefix, model in (models or {"": self.model}).items():
-            sampler = Sampler(model, self.tokenizer, self.slots)
-            answers = examine(sampler, self.tasks[task], distinct, problems, c.eval_samples, c.max_new_tokens, (c.seed, task, 2), "evaluate")
-            size = len(problems)
+            if model not in asked:                        # in gepa the trained weights are the base
+                asked[model] = examine(Sampler(model, self.tokenizer, self.slots), self.tasks[task], distinct, problems, c.eval_samples,
+                                       c.max_new_tokens, (c.seed, task, 2), "evaluate")
+            answers = asked[model]
             for name, context in contexts.items():
                 rewards = np.array([[r.reward for r in rollouts] for rollouts in answers[distinct.index(context)]])
                 right, means = rewards[:, 0], rewards[:, 1:].mean(1)                          # [problems]
@@ -634,7 +639,7 @@ class Run:
                 row[f"{prefix}{name}greedy"], row[f"{prefix}{name}greedy_interval"] = right.mean(), wilson(right.sum(), size)
                 row[f"{prefix}{name}mean"] = means.mean()
                 row[f"{prefix}{name}mean_interval"] = [max(0.0, means.mean() - spread), min(1.0, means.mean() + spread)]
-            if model is self.model:
+            if not prefix:
                 judged = [(r.prompt, r.tokens) for under in answers for _, r, *_ in under[::4]]   # a sample of every fourth problem
                 ours, base = (torch.cat(score_all(m, judged, 1.0, self.micro_batch)) for m in (self.model, self.base))
                 row["kl_base"] = kl_k3(ours, base).mean().item()
@@ -941,7 +946,7 @@ def check(config):
     phases = schedule(c)
     steps = sum(kind == "slow" for kind, _, _ in phases)
     slow = steps * c.batch * c.group
-    fast = sum(int(c.passes * c.batch * min(c.cycle, c.steps - cycle * c.cycle)) for kind, _, cycle in phases if kind == "fast")
+    fast = sum(int(c.passes * c.batch * len(steps_of(c, i))) for kind, _, i in phases if kind == "fast")
     c.dtype = {"auto": str(dtype).removeprefix("torch.") if c.device == "cpu" else "bfloat16"}.get(c.dtype, c.dtype)
     parts, micro_batch, slots = plan(c, m, weights)
     total = parts["in all"]

@@ -1902,7 +1902,7 @@ def test_memory_is_what_the_plan_says(tmp_path, monkeypatch):
 def test_qwen3_fits_by_arithmetic(card, hidden, intermediate, weights, tokens, slots):
     """Qwen3-0.6B on 24 GB and 1.7B on 80 GB, at 32 x 16 x 512 tokens: what README says."""
     shape = model.Config("Qwen3ForCausalLM", 151936, hidden, intermediate, 28, 16, 8, 128, 1e-6, 1e6, None, 40960, True, False, True)
-    config = fst.resolve(fst.parse(["--device", "cpu", "--batch", "32", "--max-new-tokens", "512", "--prompt-tokens", "2048",
+    config = fst.resolve(fst.parse(["--device", "cpu", "--batch", "32", "--group", "16", "--prompts", "4", "--max-new-tokens", "512", "--prompt-tokens", "2048",
                                     "--slots", "512", "--micro-batch", "auto", "--memory", str(0.9 * card), "--dtype", "bfloat16"])[0])
     config.device = "cuda"
     parts, micro_batch, fit = fst.plan(config, shape, weights)
