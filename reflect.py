@@ -366,7 +366,7 @@ class Search:
         for child, parent in children:
             after = sum(next(rollouts).reward for _ in minibatches[parent])
             child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {reward[parent]:g}"
-            if after > reward[parent] or after == 0 and self.liking[child] > self.liking[parent]:
+            if after > reward[parent] or after == reward[parent] == 0 and self.liking[child] > self.liking[parent]:
                 child.verdict = "accepted"
                 self.waiting.append(child)
 

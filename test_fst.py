@@ -2753,6 +2753,9 @@ def test_a_child_no_better_is_accepted_as_often_as_chance_says():
         population, everyone, _ = run(model, seed)
         tested = [c for c in everyone if c.verdict in ("accepted", "failed") and c.scores[0]]
         asked, accepted = asked + len(tested), accepted + sum(c.verdict == "accepted" for c in tested)
+        for c in tested:                                   # never for its likelihood alone, but where neither solved anything
+            after, before = map(float, re.match(r"(.+) of 3 where its parent got (\d+)", c.reason).groups())
+            assert c.verdict != "accepted" or after > before or after == before == 0
         winners.append(population.candidates[0].mean(0))
     # minibatches are of problems that the parent got wrong once, which for equal prompts changes nothing
     assert asked > 300 and abs(accepted / asked - 0.34) < 0.09
