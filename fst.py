@@ -819,35 +819,46 @@ def read_rows(path):
     return [json.loads(line) for line in read_text(path).split("\n") if line]
 
 
+GAINS = {"base_seed_mean": "neither", "seed_mean": "weights alone", "base_mean": "prompt alone", "mean": "both"}     # the 2x2
+
+
 def read_points(folder):
-    """What is drawn of a run: numbers, of its evaluations and of its steps."""
+    """What is drawn of a run: numbers, of its evaluations on val and on test, and of its steps."""
     with reading(Path(folder) / "metrics.jsonl"):
         rows = read_rows(Path(folder) / "metrics.jsonl")
-        pick = lambda keys, rows: [{key: float(row[key]) for key in keys} for row in rows]
-        return (pick(("step", "rollouts", "kl_base", "mean", "seed_mean"), [row for row in rows if row["kind"] == "eval" and row["split"] == "val"]),
-                pick(("step", "reward"), [row for row in rows if row["kind"] == "step"]))
+        evals, steps = ([row for row in rows if row["kind"] == kind] for kind in ("eval", "step"))
+        pick = lambda rows, *keys: [{key: float(row[key]) for key in keys} for row in rows if keys[-1] in row]
+        return (pick([row for row in evals if row["split"] == "val"], "step", "rollouts", "kl_base", "mean", "seed_mean"),
+                pick([row for row in evals if row["split"] == "test"], *GAINS), pick(steps, "step", "reward"), pick(steps, "step", "entropy"))
 
 
 def plot(folders, path):
-    """Accuracy against slow steps and against all rollouts, against drift, and the reward of the rollouts: one colour per run."""
+    """Accuracy against slow steps, against all rollouts and against drift; reward and entropy; who gained what: one colour per run."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    points = [read_points(folder) for folder in folders]
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for i, (folder, (evals, steps)) in enumerate(zip(folders, points)):
+    figure, axes = pyplot.subplots(2, 3, figsize=(16, 8), layout="constrained")
+    by_step, by_rollouts, by_drift, reward, entropy, gains = axes.flat
+    width = 0.8 / len(folders)
+    for i, folder in enumerate(folders):
+        evals, tests, rewards, entropies = read_points(folder)
         colour, name = f"C{i % 10}", Path(folder).name.replace("$", r"\$")
-        for axis, key in zip(axes.flat, ("step", "rollouts", "kl_base")):
-            x = [row[key] for row in evals]
-            axis.plot(x, [row["mean"] for row in evals], "o-", color=colour, label=name)
-            axis.plot(x, [row["seed_mean"] for row in evals], "o:", color=colour, alpha=0.5, label=f"{name}, seed prompt")
-        axes[1, 1].plot([row["step"] for row in steps], [row["reward"] for row in steps], color=colour, label=name)
-    for axis, x, y in zip(axes.flat, ("slow steps", "rollouts of both channels", "KL to the base model, nats a token", "slow steps"),
-                          ("validation accuracy, sampled",) * 3 + ("reward of the training rollouts",)):
-        axis.set(xlabel=x, ylabel=y, ylim=(0, 1))
+        for axis, x in ((by_step, "step"), (by_rollouts, "rollouts"), (by_drift, "kl_base")):
+            for y, style, label in (("mean", "o-", name), ("seed_mean", "o:", f"{name}, seed prompt")):
+                axis.plot([row[x] for row in evals], [row[y] for row in evals], style, color=colour, alpha=1 if y == "mean" else 0.5, label=label)
+        for axis, y, rows in ((reward, "reward", rewards), (entropy, "entropy", entropies)):
+            axis.plot([row["step"] for row in rows], [row[y] for row in rows], color=colour)
+        for row in tests:                                 # one per task
+            gains.bar([k + (i + 0.5) * width - 0.4 for k in range(len(GAINS))], row.values(), width, color=colour, alpha=1 / len(tests))
+    accuracy, steps = "validation accuracy, sampled", "slow steps"
+    for axis, x, y in ((by_step, steps, accuracy), (by_rollouts, "rollouts of both channels", accuracy), (by_drift, "KL to the base model, nats a token", accuracy),
+                       (reward, steps, "reward of the training rollouts"), (entropy, steps, "entropy, nats a token"),
+                       (gains, "who gained what", "test accuracy, sampled")):
+        axis.set(xlabel=x, ylabel=y, ylim=None if axis is entropy else (0, 1))
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    gains.set_xticks(range(len(GAINS)), GAINS.values())
+    by_step.legend(fontsize=8)
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
     pyplot.close(figure)
 
 
