@@ -129,7 +129,8 @@ def resolve(config):
             max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
             micro_batch=1280 if cpu and plain else 0, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=1 if cpu else 4,
-            prompt_tokens=((640 if c.method == "gepa" else 320) if plain else 1024) if cpu else 2048, reflection_tokens=96 if cpu else 1024).items():
+            prompt_tokens=((640 if c.method == "gepa" else 320) if plain else 1024) if cpu else 2048,
+            reflection_tokens=96 if cpu else 1024).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
     if c.memory is None:
@@ -829,7 +830,8 @@ def read_points(folder):
         evals, steps = ([row for row in rows if row["kind"] == kind] for kind in ("eval", "step"))
         pick = lambda rows, *keys: [{key: float(row[key]) for key in keys} for row in rows if keys[-1] in row]
         return (pick([row for row in evals if row["split"] == "val"], "step", "rollouts", "kl_base", "mean", "seed_mean"),
-                pick([row for row in evals if row["split"] == "test"], *GAINS), pick(steps, "step", "reward"), pick(steps, "step", "entropy"))
+                pick([row for row in evals if row["split"] == "test"], *GAINS),
+                pick(steps, "step", "reward"), pick(steps, "step", "entropy"))
 
 
 def plot(folders, path):
@@ -844,14 +846,15 @@ def plot(folders, path):
         evals, tests, rewards, entropies = read_points(folder)
         colour, name = f"C{i % 10}", Path(folder).name.replace("$", r"\$")
         for axis, x in ((by_step, "step"), (by_rollouts, "rollouts"), (by_drift, "kl_base")):
-            for y, style, label in (("mean", "o-", name), ("seed_mean", "o:", f"{name}, seed prompt")):
-                axis.plot([row[x] for row in evals], [row[y] for row in evals], style, color=colour, alpha=1 if y == "mean" else 0.5, label=label)
+            for y, style, alpha, label in (("mean", "o-", 1, name), ("seed_mean", "o:", 0.5, f"{name}, seed prompt")):
+                axis.plot([row[x] for row in evals], [row[y] for row in evals], style, color=colour, alpha=alpha, label=label)
         for axis, y, rows in ((reward, "reward", rewards), (entropy, "entropy", entropies)):
             axis.plot([row["step"] for row in rows], [row[y] for row in rows], color=colour)
         for row in tests:                                 # one per task
             gains.bar([k + (i + 0.5) * width - 0.4 for k in range(len(GAINS))], row.values(), width, color=colour, alpha=1 / len(tests))
     accuracy, steps = "validation accuracy, sampled", "slow steps"
-    for axis, x, y in ((by_step, steps, accuracy), (by_rollouts, "rollouts of both channels", accuracy), (by_drift, "KL to the base model, nats a token", accuracy),
+    for axis, x, y in ((by_step, steps, accuracy), (by_rollouts, "rollouts of both channels", accuracy),
+                       (by_drift, "KL to the base model, nats a token", accuracy),
                        (reward, steps, "reward of the training rollouts"), (entropy, steps, "entropy, nats a token"),
                        (gains, "who gained what", "test accuracy, sampled")):
         axis.set(xlabel=x, ylabel=y, ylim=None if axis is entropy else (0, 1))
