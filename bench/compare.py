@@ -1,8 +1,9 @@
 """
 Methods side by side over several seeds, each run a process of its own, one after another or a few at a time. What is not known here
 is a flag of fst.py, the same for all runs. A run works in runs/compare/NAME/METHOD-SEED, its output beside it in METHOD-SEED.log; when
-it is finished its config.json, metrics.jsonl and prompts.jsonl are copied to results/NAME/METHOD-SEED. The same command given again
-resumes what was cut and passes over what is finished. NAME is the task's unless --name gives another.
+it is finished its config.json, metrics.jsonl and prompts.jsonl (of generated tasks: prompts may quote other people's data) are copied
+to results/NAME/METHOD-SEED. The same command given again resumes what was cut and passes over what is finished. NAME is the task's
+unless --name gives another.
 
     python bench/compare.py arithmetic --methods fst rl gepa --seeds 0 1 2 --steps 24 --eval-every 2
 """
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("config.json", "metrics.jsonl", "prompts.jsonl")
+GENERATED = {"arithmetic", "star", "codeio"}
 running, stopping = set(), threading.Event()
 
 
@@ -39,7 +40,7 @@ def one(name, method, seed, task, flags, environment):
     if status == 0:
         kept = ROOT / "results" / name / folder.name
         kept.mkdir(parents=True, exist_ok=True)
-        for file in KEPT:
+        for file in ("config.json", "metrics.jsonl", *["prompts.jsonl"] * (set(task.split(",")) <= GENERATED)):
             shutil.copyfile(folder / file, kept / file)
     what = "finished" if status == 0 else f"ended with status {status}, not copied"
     print(f"{label}: {what} after {time.perf_counter() - start:.0f} s", flush=True)

@@ -123,7 +123,7 @@ def measure(task, name, seed, options):
     record("bench_gepa.jsonl", task=task, system=name, seed=seed, model=resolved.model, dtype=resolved.dtype, anchors=options.anchors,
            cycles=options.cycles, budget=int(resolved.passes * resolved.batch) * resolved.steps, max_new_tokens=resolved.max_new_tokens,
            reflection_tokens=resolved.reflection_tokens, seconds=seconds, **spent, **row, prompt=context.system,
-           prompt_tokens=len(run.tokenizer.chat(context.messages(""))), examples=[vars(e) for e in context.examples])
+           prompt_tokens=len(run.tokenizer.chat(context.messages(""))), examples=[e.problem_id for e in context.examples])
 
 
 def main():
