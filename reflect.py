@@ -30,7 +30,8 @@ from rollout import Context, Example
 OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
 DRAFTS = 3                # contexts drafted for each that is asked, where their likelihood is known,
-PROBES = 16               # and the most anchors whose solutions' likelihood counts
+PROBES = 16               # and the most anchors whose solutions' likelihood counts,
+MARGIN = 1.05             # beyond what the choice of drafts and probes makes of equal ones
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The population
@@ -366,7 +367,7 @@ class Search:
         for child, parent in children:
             after = sum(next(rollouts).reward for _ in minibatches[parent])
             child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {reward[parent]:g}"
-            if after > reward[parent] or after == reward[parent] == 0 and self.liking[child] > self.liking[parent]:
+            if after > reward[parent] or after == reward[parent] == 0 and self.liking[child] > MARGIN * self.liking[parent]:
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -404,8 +405,11 @@ class Search:
         asked = [parent for (name, parent), n in slots.items() for _ in range(n) if name == "rewrite"]
         replies = self.write([reflection(parent.context, traces[parent]) for parent in asked], self.calls) if asked else []
         children = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
+        liking = self.likings([child.context for child, _ in children if child.verdict != "rejected"])
         for child, _ in children:
-            if child.verdict == "rejected":               # its place goes to another operator
+            if child.verdict != "rejected":
+                self.liking[child] = liking[child.context]
+            else:                                         # its place goes to another operator
                 slots[self.draw_operator(OPERATORS[1:]), self.rng.choice(parents)] += 1
         for (name, parent), n in slots.items():
             if name != "rewrite":
@@ -442,9 +446,7 @@ class Search:
         except ValueError as error:
             self.population.operators["rewrite"][1] += 1
             return self.add(Context(printable(reply)[:2000], parent.context.examples), parent, "rewrite", "rejected", str(error))
-        child = self.add(context, parent, "rewrite")
-        self.liking[child] = self.liking[parent]
-        return child
+        return self.add(context, parent, "rewrite")
 
     def climb(self, operator, parent, barred, slots):
         """Up to `slots` children of the parent by one operator. Where the likelihood of known solutions is to be had, which costs no
