@@ -187,7 +187,7 @@ def plan(c, m, weights):
              "logits": V * (1024 * w + 128 * (w + 8) + H * (4 + 2 * w)), "contexts": n * c.prompts * c.prompt_tokens,
              "packed": w * weights if c.device == "cpu" and w == 2 else 0}
     if c.method == "gepa":
-        parts |= {"masters and moments": 0, "gradients": 0, "logits": 0}
+        parts |= {"weights": w * weights, "masters and moments": 0, "gradients": 0, "logits": 0}      # the model is its own base
     always = parts["weights"] + parts["masters and moments"]
     micro_batch, slots = c.micro_batch, c.slots
     if not micro_batch:
@@ -976,7 +976,7 @@ def check(config):
         K = 1 if c.method == "rl" else c.prompts
         work = 5 * steps * K * (c.prompt_tokens * (c.method != "rl") + c.batch * QUESTION) + 6 * slow * c.max_new_tokens
         work += fast * (QUESTION + 4 * c.max_new_tokens + (c.prompt_tokens + reflect.PROBES * (QUESTION + c.max_new_tokens)) // 8)
-        asked = 2 * c.eval_problems * (4 * len(c.task.split(",")) + (steps // c.eval_every if c.eval_every else 0) + 1)
+        asked = 2 * c.eval_problems * (4 * len(c.task.split(",")) + math.ceil(steps / (c.eval_every or c.steps)) + 1)
         work += asked * (QUESTION + 2 * c.max_new_tokens * (1 + c.eval_samples))
         print(f"{dtype} is the faster here, {rate / 1e9:.0f} GFLOP/s: about {2 * weights * work / rate / 60:.0f} minutes if no answer "
               "ends before its limit")

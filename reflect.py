@@ -31,7 +31,7 @@ OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
 DRAFTS = 3                # contexts drafted for each that is asked, where their likelihood is known,
 PROBES = 16               # and the most anchors whose solutions' likelihood counts,
-MARGIN = 1.05             # beyond what the choice of drafts and probes makes of equal ones
+MARGIN = 1.05             # by which a child must be likelier than its parent where neither is right; tuned for short answers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The population
@@ -88,7 +88,8 @@ class Population:
 
     def record(self, rollouts, step):
         """Rollouts of the slow phase made at the weights that the prompts were scored at, as in the first step after a fast phase, are
-        scores like others. What was asked without one of its prompt's examples is not."""
+        scores like others: the next search reads them if no update moved the weights until then. What was asked without one of its
+        prompt's examples is none."""
         for c in set(self.candidates):
             for r in rollouts:
                 if r.context == c.context and step in c.scores:
@@ -360,8 +361,8 @@ class Search:
         reward = {parent: sum(r.reward for r in traces[parent]) for parent in parents}
         parents = [parent for parent in parents if reward[parent] < len(traces[parent])]      # a perfect one cannot be beaten
 
-        # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which at a
-        #    hard start is the rule and tells nothing, the likelihood of known solutions decides.
+        # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which tells
+        #    nothing and at a hard start is the rule, the likelihood of known solutions decides.
         children = self.propose(parents, traces, width) if parents else []
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:

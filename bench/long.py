@@ -37,7 +37,7 @@ def sizes(folder):
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def long_run(folder, steps, cycle=6):
+def long_run(folder, steps, cycle):
     """Runs it: per step its CPU seconds and the memory behind it, per cycle the files' sizes; and the steps' rows."""
     write_checkpoint(folder / "model", "qwen3")
     rows = [{"question": f"What is {n} and {n % 7}?", "answer": str(n % 2), "solution": f"{n}\n#### {n % 2}"}
@@ -81,12 +81,13 @@ def first_and_last(values):
 
 
 def growth(folder, steps):
-    seconds, memory, files, rows = long_run(folder, steps)
+    cycle = 6
+    seconds, memory, files, rows = long_run(folder, steps, cycle)
     journals = {name: (files[-1][name] - files[0][name]) / (len(files) - 1) for name in fst.Run.JOURNALS}
     fixed = {name: (files[0][name], files[-1][name])
              for name in ("state/state.safetensors", "checkpoint/model.safetensors", "checkpoint/prompts.json")}
     mismatch = [row["kl_sampler"] for row in rows if "kl_sampler" in row]
-    cycles = memory[steps // len(files) - 1::steps // len(files)]
+    cycles = memory[cycle - 1::cycle]
     row = {"kind": "long run", "steps": steps, "fast_phases": len(files), "seed": 0,
            "step_cpu_seconds": first_and_last(seconds), "memory_mb": first_and_last(memory),
            "memory_mb_after_first_cycle": cycles[0], "memory_mb_at_the_end": memory[-1], "memory_mb_by_cycle": cycles,
