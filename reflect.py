@@ -329,8 +329,7 @@ class Search:
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)
         known = [p for p in self.anchors if p.id in self.solutions]
         self.probes = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
-        likings = self.likings([c.context for c in self.candidates])
-        self.liking = {c: likings[c.context] for c in self.candidates}
+        self.like(self.candidates)
 
     def estimate(self, candidate):
         """A candidate's mean, drawn towards the mean of all as if by 4 more problems: 3 of 3 is no better than 40 of 48."""
@@ -406,11 +405,9 @@ class Search:
         asked = [parent for (name, parent), n in slots.items() for _ in range(n) if name == "rewrite"]
         replies = self.write([reflection(parent.context, traces[parent]) for parent in asked], self.calls) if asked else []
         children = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
-        liking = self.likings([child.context for child, _ in children if child.verdict != "rejected"])
+        self.like([child for child, _ in children if child.verdict != "rejected"])
         for child, _ in children:
-            if child.verdict != "rejected":
-                self.liking[child] = liking[child.context]
-            else:                                         # its place goes to another operator
+            if child.verdict == "rejected":               # its place goes to another operator
                 slots[self.draw_operator(OPERATORS[1:]), self.rng.choice(parents)] += 1
         for (name, parent), n in slots.items():
             if name != "rewrite":
@@ -459,6 +456,10 @@ class Search:
         children = [self.add(context, parent, operator.__name__) for context in sorted(drafts, key=liking.get, reverse=True)[:slots]]
         self.liking |= {child: liking[child.context] for child in children}
         return children
+
+    def like(self, candidates):
+        likings = self.likings([c.context for c in candidates])
+        self.liking |= {c: likings[c.context] for c in candidates}
 
     def likings(self, contexts):
         """How likely the model finds the probes' known solutions under each context: the mean over probes of the probability of 16
