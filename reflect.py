@@ -22,6 +22,7 @@ import difflib
 import math
 import random
 import re
+import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -31,7 +32,6 @@ OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
 DRAFTS = 3                # contexts drafted for each that is asked, where their likelihood is known,
 PROBES = 16               # and the most anchors whose solutions' likelihood counts,
-MARGIN = 1.05             # by which a child must be likelier than its parent where neither is right; tuned for short answers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The population
@@ -282,7 +282,7 @@ class Search:
         self.candidates = list(dict.fromkeys(population.candidates))
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
-        self.liking, self.mates = {}, {}            # candidate -> likelihood of the probes under it; context -> its further parents
+        self.liking, self.mates = {}, {}            # candidate -> each probe's likelihood under it; context -> its further parents
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
         for c in self.candidates:
             c.scores = {step: c.scores.get(step, {})}
@@ -327,8 +327,9 @@ class Search:
         share = self.budget if len(self.candidates) == 1 else 2 * self.budget // (5 * len(self.candidates))
         self.measure(self.candidates, self.anchors[:max(1, share)])
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)
-        known = [p for p in self.anchors if p.id in self.solutions]
-        self.probes = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
+        shown = {e.problem_id for c in self.candidates for e in c.context.examples}
+        known = [p for p in self.anchors if p.id in self.solutions and p.id not in shown]
+        self.probes = [(p, self.solution(p.id).answer) for p in known[:min(PROBES, len(self.anchors) // 4)]] if self.likelihood else []
         self.like(self.candidates)
 
     def estimate(self, candidate):
@@ -367,7 +368,7 @@ class Search:
         for child, parent in children:
             after = sum(next(rollouts).reward for _ in minibatches[parent])
             child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {reward[parent]:g}"
-            if after > reward[parent] or after == reward[parent] == 0 and self.liking[child] > MARGIN * self.liking[parent]:
+            if after > reward[parent] or after == reward[parent] == 0 and self.likelier(child, parent):
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -385,11 +386,11 @@ class Search:
         return True
 
     def promise(self, candidate):
-        return self.estimate(candidate), self.liking[candidate]
+        return self.estimate(candidate), sum(self.liking[candidate])
 
     def draw_parents(self):
         cell = lambda c, p: average(c.scores[self.step][p.id]) if p.id in c.scores[self.step] else None
-        pool = sorted(self.contenders, key=self.liking.get, reverse=True)       # of equal means the first has the floor
+        pool = sorted(self.contenders, key=lambda c: sum(self.liking[c]), reverse=True)   # of equal means the first has the floor
         weights = parent_weights([[cell(c, p) for p in self.anchors] for c in pool])
         return list(dict.fromkeys(self.rng.choices(pool, weights, k=min(3, self.width // 4))))
 
@@ -453,7 +454,7 @@ class Search:
         drafts = [operator(parent.context, barred) for _ in range(slots * (DRAFTS if self.probes else 1))]
         drafts = [d for d in dict.fromkeys(drafts) if d not in before and self.count(d) <= self.prompt_tokens]
         liking = self.likings(drafts)
-        children = [self.add(context, parent, operator.__name__) for context in sorted(drafts, key=liking.get, reverse=True)[:slots]]
+        children = [self.add(context, parent, operator.__name__) for context in sorted(drafts, key=lambda d: sum(liking[d]), reverse=True)[:slots]]
         self.liking |= {child: liking[child.context] for child in children}
         return children
 
@@ -462,13 +463,18 @@ class Search:
         self.liking |= {c: likings[c.context] for c in candidates}
 
     def likings(self, contexts):
-        """How likely the model finds the probes' known solutions under each context: the mean over probes of the probability of 16
-        tokens at the solution's mean log-prob. Near the chance to be right where answers are about so long, and of one scale where not."""
-        jobs = [(c, p, self.solution(p.id).answer) for c in contexts for p in self.probes if p.id not in {e.problem_id for e in c.examples}]
+        """context -> how likely the model finds each probe's known solution under it: the probability of 16 tokens at the solution's mean
+        log-prob. Near the chance to be right where answers are about so long, and of one scale where not. No prompt shows a probe."""
         found = {context: [] for context in contexts}
+        jobs = [(context, problem, answer) for context in found for problem, answer in self.probes]
         for (context, _, _), logprob in zip(jobs, self.likelihood(jobs) if jobs else []):
             found[context].append(math.exp(16 * logprob))
-        return {context: average(values or [0.0]) for context, values in found.items()}
+        return found
+
+    def likelier(self, child, parent):
+        """Whether the known solutions are: by two standard errors of the mean of the differences, probe by probe."""
+        gains = [a - b for a, b in zip(self.liking[child], self.liking[parent])]
+        return len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
     def solution(self, problem_id, own=False):
         """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`) the model's."""
@@ -489,7 +495,7 @@ class Search:
         """Some of the examples stay, others are added. None of a problem that is about to score it, or whose likelihood does."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
-        barred = barred | {e.problem_id for e in old} | {p.id for p in self.probes}
+        barred = barred | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
         pool = [problem_id for problem_id in self.solutions if problem_id not in barred]
         added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 1, 2, 4, 8])))
         return self.fit(context.system, stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added])
@@ -536,7 +542,7 @@ class Search:
         #    cannot win.
         rewards = lambda c, p: c.scores[self.step].get(p.id, [])
         estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]
-        means = [(mean[c] - (not whole[c]), self.liking[c]) for c in pool]      # equally good ones: the likelier
+        means = [(mean[c] - (not whole[c]), sum(self.liking[c])) for c in pool]      # equally good ones: the likelier
         kept = [pool[i] for i in cover(estimates, means, [self.count(c.context) for c in pool], keep)]
 
         # 4. Where those are fewer than K: the best of the others that were asked, then repeats.

@@ -2477,6 +2477,7 @@ class Model:
         return [(self.reply(random.Random(f"{seed} {i}")) if callable(self.reply) else self.reply, True) for i, _ in enumerate(chats)]
 
     def likelihood(self, answers):
+        assert not any(p.id in {e.problem_id for e in context.examples} for context, p, _ in answers)
         return [(self.accuracy(context) - 1 + 0.1 * (chance(context, p.id) - 0.5)) / 8 for context, p, _ in answers]
 
 
@@ -2695,6 +2696,20 @@ def test_where_nothing_is_solved_the_likelihood_of_known_solutions_decides():
         assert likely or not any(c.verdict == "accepted" for c in everyone)
         return Model().accuracy(population.contexts[0])
     assert statistics.mean(winner(seed, True) for seed in range(6)) > 0.25 and winner(0, False) == 0
+
+
+def test_likelier_means_by_two_standard_errors_probe_by_probe():
+    search = reflect.Search(Population([]), problems(3), None, None, None, count, 0, 0, 0, 0)
+    def likelier(child, parent):
+        search.liking = {"child": child, "parent": parent}
+        return search.likelier("child", "parent")
+    assert likelier([0.5, 0.7, 0.9], [0.4, 0.5, 0.6])                   # gains 0.1, 0.2, 0.3: mean 0.2, its standard error 0.058
+    assert not likelier([0.4, 0.8, 0.6], [0.4, 0.5, 0.6])               # 0, 0.3, 0: 0.1 and 0.1
+    assert not likelier([0.4, 0.5, 0.6], [0.5, 0.7, 0.9]) and not likelier([0.4, 0.5], [0.4, 0.5])
+    assert likelier([0.5, 0.6], [0.4, 0.5]) and not likelier([0.5], [0.4]) and not likelier([], [])
+    rng, noise = random.Random(0), lambda: [rng.gauss(0.5, 0.1) for _ in range(12)]
+    passed = sum(likelier(noise(), noise()) for _ in range(4000)) / 4000
+    assert abs(passed - 0.035) < 0.01                                   # Student's t of 11 degrees of freedom above 2
 
 
 def test_the_same_seed_gives_the_same_and_json_loses_nothing():
