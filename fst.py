@@ -642,8 +642,8 @@ class Run:
                 row[f"{prefix}{name}mean_interval"] = [max(0.0, means.mean() - spread), min(1.0, means.mean() + spread)]
             if not prefix:
                 judged = [(r.prompt, r.tokens) for under in answers for _, r, *_ in under[::4]]   # a sample of every fourth problem
-                ours, base = (torch.cat(score_all(m, judged, 1.0, self.micro_batch)) for m in (self.model, self.base))
-                row["kl_base"] = kl_k3(ours, base).mean().item()
+                scored = {m: torch.cat(score_all(m, judged, 1.0, self.micro_batch)) for m in {self.model, self.base}}
+                row["kl_base"] = kl_k3(scored[self.model], scored[self.base]).mean().item()
         row["seconds"] = time.perf_counter() - start
         self.journal("metrics.jsonl", row)
         say(f"eval  step {row['step']:4d}  {row['task']} {split}, {size} problems: best prompt {row['greedy']:.1%} greedy, "
