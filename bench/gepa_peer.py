@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
-from rollout import Context, ask, examine, extract_answer                 # noqa: E402
+from rollout import Context, Generated, ask, examine, extract_answer                 # noqa: E402
 from sampler import record                                                # noqa: E402
 
 COMPONENT = "system_prompt"
@@ -122,7 +122,8 @@ def measure(task, name, seed, options):
           f"sampled {row['sampled']:6.1%}  format {row['greedy_format']:6.1%} / {row['sampled_format']:6.1%}", flush=True)
     record("bench_gepa.jsonl", task=task, system=name, seed=seed, model=resolved.model, dtype=resolved.dtype, anchors=options.anchors,
            cycles=options.cycles, budget=int(resolved.passes * resolved.batch) * resolved.steps, max_new_tokens=resolved.max_new_tokens,
-           reflection_tokens=resolved.reflection_tokens, seconds=seconds, **spent, **row, prompt=context.system,
+           reflection_tokens=resolved.reflection_tokens, seconds=seconds, **spent, **row,
+           prompt=context.system if isinstance(run.tasks[0], Generated) else "not kept: it may quote the data",
            prompt_tokens=len(run.tokenizer.chat(context.messages(""))), examples=[e.problem_id for e in context.examples])
 
 

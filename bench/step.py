@@ -1,7 +1,8 @@
 """
-One whole GRPO step (sample, grade, log-probs, backward, AdamW) of ours and of TRL's GRPOTrainer, each in a process of its own:
-same weights, prompts, group, length and number of optimizer steps, no KL term. Prints seconds, peak memory (the card's on CUDA) and,
-for ours, the share of the machine's limit that sampling and training reach; appends a row each to results/bench_step.jsonl.
+One whole GRPO step (sample, grade, log-probs, backward, AdamW) of ours and of TRL's GRPOTrainer, each in a process of its own: same
+weights, prompts, group, length and number of optimizer steps, no KL term, both training in micro-batches. Prints seconds, peak memory
+(the card's on CUDA) and, for ours, the share of the machine's limit that sampling and training reach; appends a row each to
+results/bench_step.jsonl.
 
     FST_DATA=... python bench/step.py                     8 x 8 x 128 on gsm8k, 8 x 16 x 40 on arithmetic
 """
@@ -26,10 +27,14 @@ from sampler import distinct_tokens, least_seconds, limits, record        # noqa
 JOBS = {"gsm8k": (8, 8, 128), "arithmetic": (8, 16, 40)}                  # problems, group, new tokens
 
 
+def peak_gb():
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+
+
 def ours(task, problems, group, limit, steps):
     with tempfile.TemporaryDirectory() as out:
         config, _ = fst.parse(["--task", task, "--method", "rl", "--model", "smollm2-135m", "--batch", str(problems), "--group", str(group),
-                               "--max-new-tokens", str(limit), "--kl", "0", "--steps", str(steps + 1), "--out", out])
+                               "--max-new-tokens", str(limit), "--micro-batch", "2048", "--kl", "0", "--steps", str(steps + 1), "--out", out])
         resolved, lock = fst.open_run(config, False)
         run = fst.Run(resolved)
         reinforce, last = run.reinforce, []
@@ -44,7 +49,7 @@ def ours(task, problems, group, limit, steps):
             row = run.slow(0, step)
             seconds.append(time.perf_counter() - start)
         lock.close()
-        reach = limits(run.model)
+        peak, reach = peak_gb(), limits(run.model)                                       # the limits' measurement takes memory itself
         prompts, tokens = [r.prompt for r in last], sum(len(r.tokens) for r in last)
         layers, head = sum(p.numel() for p in run.model.layers.parameters()), run.model.output_weight().numel()
         least = {"sample": least_seconds(run.model, reach, prompts, tokens, run.slots),
@@ -52,7 +57,7 @@ def ours(task, problems, group, limit, steps):
                  "train": 6 * (layers * (distinct_tokens(prompts) + tokens) + head * tokens) / reach[0]}
         parts = {f"{name}_seconds": row[f"{name}_seconds"] for name in least}             # of the last step
         shares = {f"{name}_share_of_limit": least[name] / row[f"{name}_seconds"] for name in least}
-        return min(seconds[1:]), {**parts, **shares, "length": row["length"], "flops": reach[0], "bytes_per_second": reach[1]}
+        return {"seconds": min(seconds[1:]), "peak_gb": peak, **parts, **shares, "length": row["length"], "flops": reach[0], "bytes_per_second": reach[1]}
 
 
 def trl(task, problems, group, limit, steps):
@@ -76,12 +81,14 @@ def trl(task, problems, group, limit, steps):
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - self.start)
 
-    options = GRPOConfig(output_dir=folder + "/out", per_device_train_batch_size=problems * group, num_generations=group, max_completion_length=limit,
+    # a batch is sampled as a whole and trained on group by group: all of it at once wants more than 24 GB
+    options = GRPOConfig(output_dir=folder + "/out", per_device_train_batch_size=group, gradient_accumulation_steps=problems,
+                         num_generations=group, max_completion_length=limit,
                          max_steps=steps + 1, learning_rate=1e-6, beta=0.0, temperature=1.0, top_p=1.0, top_k=0, bf16=True, report_to=[], save_strategy="no",
                          use_cpu=not torch.cuda.is_available(), logging_steps=1000, gradient_checkpointing=False, disable_tqdm=True)
     trainer = GRPOTrainer(folder, reward_funcs=reward, args=options, train_dataset=Dataset.from_list(prompts), callbacks=[Clock()])
     trainer.train()
-    return min(seconds[1:]), {"length": sum(lengths) / len(lengths)}
+    return {"seconds": min(seconds[1:]), "peak_gb": peak_gb(), "length": sum(lengths) / len(lengths)}
 
 
 def main():
@@ -93,16 +100,14 @@ def main():
     options = parser.parse_args()
     if options.child:
         system, task = options.child
-        seconds, more = {"ours": ours, "trl": trl}[system](task, *JOBS[task], options.steps)
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak_gb": peak / 1e9, **more}))
+        print(json.dumps({"ours": ours, "trl": trl}[system](task, *JOBS[task], options.steps)))
         return
     for task in options.job or JOBS:
         problems, group, limit = JOBS[task]
         for system in options.systems.split(","):
             out = subprocess.run([sys.executable, __file__, "--steps", str(options.steps), "--child", system, task], capture_output=True, text=True)
             if out.returncode:
-                print(f"{task:12} {system:6} failed: {out.stderr.strip().splitlines()[-1]}")
+                print(f"{task:12} {system:6} failed with status {out.returncode}: {out.stderr.strip().splitlines()[-1]}")
                 continue
             row = json.loads(out.stdout.strip().splitlines()[-1])
             print(f"{task:12} {problems} x {group} x {limit:4d}  {system:6} {row['seconds']:7.1f} s a step  {row['peak_gb']:5.1f} GB  mean length {row['length']:.0f}"
