@@ -1,10 +1,11 @@
 """
 What figures.py draws from and writes beside the figures: a group's rows, and its table.md with {base, trained weights} x {seed, evolved
-prompt}, when each method reaches RL's best, and the sigmoid's asymptotes.
+prompt}, when each method reaches RL's best, the sigmoid's asymptotes, what each operator's proposals came to, and the prompts' story.
 """
 import json
 import math
 import re
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -118,7 +119,8 @@ def to_rl_best(runs, task):
     """When each method's mean over seeds, and its single seeds, first reach the best validation accuracy of RL's mean; then the sigmoid."""
     lines, target, means, every = [], None, {}, {}
     for method, seeds in runs.items():
-        points = [[(row["step"], row["rollouts"], row["mean"]) for row in evals(rows) if row["task"] == task] for rows in seeds.values()]
+        points = [[(row["step"], row["rollouts"], row["mean"], row["kl_base"]) for row in evals(rows) if row["task"] == task]
+                  for rows in seeds.values()]
         every[method] = [curve for curve in points if curve]
         if every[method]:
             means[method], full = mean_curve(every[method])
@@ -126,25 +128,60 @@ def to_rl_best(runs, task):
                 target = means[method][:, 2].max()
                 lines = [f"RL's best: {target:.1%} sampled, the highest point of its mean on validation problems (seeds: {full}). When others "
                          "reach it: their mean over seeds (lowest..highest of the seeds that do).", ""]
-    lines += ["| method | best, sampled | slow steps to RL's best | rollouts to RL's best | seeds that reach it | sigmoid |", "|" + "---|" * 6]
+    lines += ["| method | best, sampled | slow steps to RL's best | rollouts to RL's best | KL to the base there, nats a token "
+              "| seeds that reach it | sigmoid |", "|" + "---|" * 7]
     for method, curves in every.items():
         if not curves:
-            lines.append(f"| {method} | no evaluation | | | | |")
+            lines.append(f"| {method} | no evaluation | | | | | |")
             continue
-        best, when, reached = spread([max(R for _, _, R in curve) for curve in curves], "{:.1%}".format), ["no RL above 0 here"] * 2, ""
+        best, when, drift, reached = spread([max(R for _, _, R, _ in curve) for curve in curves], "{:.1%}".format), ["no RL above 0 here"] * 2, "", ""
         if target is not None:
-            first = lambda curve: next(((step, C) for step, C, R in curve if R >= target), None)
+            first = lambda curve: next(((step, C, KL) for step, C, R, KL in curve if R >= target), None)
             of_mean, of_seeds = first(means[method]), [found for found in map(first, curves) if found]
             when = [(f"{of_mean[i]:.0f}" if of_mean else "not reached")
                     + (f" ({min(f[i] for f in of_seeds):.0f}..{max(f[i] for f in of_seeds):.0f})" if of_seeds else "") for i in (0, 1)]
+            drift = spread([KL for _, _, KL in of_seeds], "{:.4f}".format) if of_seeds else ""
             reached = f"{len(of_seeds)} of {len(curves)}"
-        lines.append(f"| {method} | {best} | {when[0]} | {when[1]} | {reached} | {sigmoid(runs[method], task)} |")
+        lines.append(f"| {method} | {best} | {when[0]} | {when[1]} | {drift} | {reached} | {sigmoid(runs[method], task)} |")
     return lines
+
+
+def story(runs, task):
+    """Fast phase by fast phase: how long the kept prompts are, and how the seed prompt itself does with the weights of that moment."""
+    lines = []
+    for method, seeds in runs.items():
+        at = defaultdict(list)                            # weight step -> (tokens of the kept prompts, best, the seed prompt's accuracy)
+        for rows in seeds.values():
+            seed_prompt = {row["step"]: row["seed_greedy"] for row in evals(rows) if row["task"] == task}
+            for row in rows:
+                if row["kind"] == "fast" and row["task"] == task:
+                    at[row["weights"]].append((np.mean(row["prompt_tokens"]), row["best"], seed_prompt.get(row["weights"])))
+        for step, cells in sorted(at.items()):
+            tokens, best, seed_prompt = zip(*cells)
+            known = [value for value in seed_prompt if value is not None]
+            lines.append(f"| {method} | {step} | {len(cells)} | {spread(tokens, '{:.0f}'.format)} | {spread(best, '{:.1%}'.format)} "
+                         f"| {spread(known, '{:.1%}'.format) if known else 'not evaluated there'} |")
+    head = "| method | slow steps before | fast phases | tokens of a kept prompt, mean | the best's mean on the anchors | seed prompt, greedy |"
+    return ["", head, "|" + "---|" * 6, *lines] if lines else []
+
+
+def operators(group):
+    """What the operators' proposals came to, over all runs of the group whose prompts are here."""
+    found = [row for path in sorted(group.rglob("prompts.jsonl")) for row in read(path) if row["operator"] != "seed" and row["verdict"] != "carried"]
+    ends = {"cannot be a prompt": lambda row: row["verdict"] == "rejected", "not past the gate": lambda row: row["verdict"] == "failed",
+            "accepted": lambda row: row["verdict"] == "accepted", "kept": lambda row: "; kept as" in row["reason"],
+            "best": lambda row: "; kept as number 1" in row["reason"]}
+    lines = [f"| {name} | {len(mine)} | {' | '.join(str(sum(map(end, mine))) for end in ends.values())} |"
+             for name in dict.fromkeys(row["operator"] for row in found) for mine in [[row for row in found if row["operator"] == name]]]
+    why = Counter(re.sub(r"\d+ tokens.*", "", row["reason"]) for row in found if row["verdict"] == "rejected").most_common()
+    return ["", "## Proposals", "", f"| operator | proposed | {' | '.join(ends)} |", "|" + "---|" * (2 + len(ends)), *lines,
+            *["", "Why not a prompt: " + ", ".join(f"{reason.strip(' :')} {count}" for reason, count in why) + "."][:2 * bool(why)]] if found else []
 
 
 def table(group, runs):
     tasks = dict.fromkeys(row["task"] for seeds in runs.values() for rows in seeds.values() for row in rows)
     lines = [f"# {group.name}", "", "Written by `python results/figures.py` from the rows of this folder."]
     for task in tasks:
-        lines += ["", f"## {task}", "", *which_channel(runs, task), "", *to_rl_best(runs, task)]
+        lines += ["", f"## {task}", "", *which_channel(runs, task), "", *to_rl_best(runs, task), *story(runs, task)]
+    lines += operators(group)
     (group / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
