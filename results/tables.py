@@ -134,15 +134,16 @@ def to_rl_best(runs, task):
         if not curves:
             lines.append(f"| {method} | no evaluation | | | | | |")
             continue
-        best, when, drift, reached = spread([max(R for _, _, R, _ in curve) for curve in curves], "{:.1%}".format), ["no RL above 0 here"] * 2, "", ""
+        best, reached = spread([max(R for _, _, R, _ in curve) for curve in curves], "{:.1%}".format), ""
+        when = ["no RL above 0 here", "", ""]
         if target is not None:
             first = lambda curve: next(((step, C, KL) for step, C, R, KL in curve if R >= target), None)
             of_mean, of_seeds = first(means[method]), [found for found in map(first, curves) if found]
-            when = [(f"{of_mean[i]:.0f}" if of_mean else "not reached")
-                    + (f" ({min(f[i] for f in of_seeds):.0f}..{max(f[i] for f in of_seeds):.0f})" if of_seeds else "") for i in (0, 1)]
-            drift = spread([KL for _, _, KL in of_seeds], "{:.4f}".format) if of_seeds else ""
+            when = [(form(of_mean[i]) if of_mean else "not reached")
+                    + (f" ({form(min(f[i] for f in of_seeds))}..{form(max(f[i] for f in of_seeds))})" if of_seeds else "")
+                    for i, form in enumerate(["{:.0f}".format, "{:.0f}".format, "{:.4f}".format])]
             reached = f"{len(of_seeds)} of {len(curves)}"
-        lines.append(f"| {method} | {best} | {when[0]} | {when[1]} | {drift} | {reached} | {sigmoid(runs[method], task)} |")
+        lines.append(f"| {method} | {best} | {' | '.join(when)} | {reached} | {sigmoid(runs[method], task)} |")
     return lines
 
 
