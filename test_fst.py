@@ -2434,6 +2434,57 @@ def test_what_is_learnt_comes_from_the_reward(tmp_path, monkeypatch, answers_at_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The tables of results/
+
+sys.path.append(str(ROOT / "results"))
+import tables                                                             # noqa: E402
+
+
+def test_the_sigmoid_fit_finds_its_parameters():
+    """R - R0 = (A - R0) / (1 + (Cmid / C)^B), planted, without and with noise; no point of a fine grid fits better."""
+    C = np.array([100, 200, 400, 600, 900, 1300, 1800, 2400.0])
+    curve = lambda A, middle, B, R0: R0 + (A - R0) / (1 + (middle / C) ** B)
+    for planted in ((0.8, 500.0, 2.0, 0.05), (0.4, 1000.0, 4.0, 0.0), (0.6, 300.0, 1.0, 0.2)):
+        assert tables.fit(C, curve(*planted), planted[3]) == pytest.approx(planted[:3], rel=0.02)
+    noisy = curve(0.7, 600.0, 2.5, 0.1) + np.random.default_rng(0).normal(0, 0.03, len(C))
+    error = lambda A, middle, B: ((curve(A, middle, B, 0.1) - noisy) ** 2).sum()
+    grid = itertools.product(np.linspace(0, 1, 51), np.geomspace(25, 9600, 60), np.linspace(0.3, 8, 40))
+    assert error(*tables.fit(C, noisy, 0.1)) <= min(error(*point) for point in grid) + 1e-9
+
+
+def test_a_table_says_what_the_rows_say(tmp_path):
+    """Two methods, two seeds: each figure worked out by hand. Who never reaches RL's best, or has no such rows, is said to."""
+    accuracy = {("rl", 0): (0.0, 0.2, 0.4), ("rl", 1): (0.0, 0.4, 0.4), ("fst", 0): (0.0, 0.3, 0.7), ("fst", 1): (0.0, 0.6, 0.8)}
+    for (method, seed), values in accuracy.items():
+        point = {"kind": "eval", "split": "val", "task": "t", "greedy": 0.0}
+        rows = [point | {"step": 3 * i, "rollouts": 100 * i, "mean": v, "kl_base": i / 100 + seed / 1000, "seed_greedy": i / 10} for i, v in enumerate(values)]
+        rows += [{"kind": "step", "task": "t", "step": i, "reward": i / 10, "flat": 0.5, "sample_seconds": 1, "train_seconds": 2}
+                 | ({"entropy": 1 - i / 10} if i != 2 else {}) for i in range(1, 7)]       # step 2 had no signal
+        if method == "fst":
+            rows += [{"kind": "fast", "task": "t", "weights": w, "prompt_tokens": [100, 200 + w], "best": 0.5, "seconds": 5} for w in (0, 6)]
+        cells = {f"{cell}{key}": 0.25 * (seed + 1) for cell in ("base_seed_", "base_", "seed_", "") for key in ("greedy", "mean")}
+        rows += [point | cells | {"split": "test", "n": 128, "samples": 1}] if (method, seed) != ("rl", 1) else []
+        (tmp_path / f"{method}-{seed}").mkdir()
+        (tmp_path / f"{method}-{seed}" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = tables.runs_of(tmp_path)
+    assert list(runs) == ["fst", "rl"] and runs["fst"][1][-2]["clock"] == 6 * 3 + 2 * 5
+    tables.table(tmp_path, runs)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert "| fst | greedy | 2 | " + " | ".join(["37.5% (25.0%..50.0%)"] * 4) + " |" in lines
+    assert "| rl | sampled | 1 | " + " | ".join(["25.0%"] * 4) + " |" in lines and "Without a row on the test problems: rl-1." in lines
+    # rl's mean is 0, 0.3, 0.4; fst's 0, 0.45, 0.75: there after 3 steps, but its seed 0 only after 6
+    assert any(line.startswith("RL's best: 40.0% sampled") for line in lines)
+    few = "not fitted: 2 evaluations after the start, 5 are needed |"
+    assert f"| fst | 75.0% (70.0%..80.0%) | 3 (3..6) | 100 (100..200) | 0.0105 (0.0110..0.0200) | 2 of 2 | {few}" in lines
+    assert f"| rl | 40.0% (40.0%..40.0%) | 6 (3..6) | 200 (100..200) | 0.0205 (0.0110..0.0200) | 2 of 2 | {few}" in lines
+    # thirds of 6 steps: entropies 0.9 and (none); 0.5 and 0.4. Rewards 0.1 and 0.2; 0.5 and 0.6
+    both = " | ".join(f"{value} ({value}..{value})" for value in ("0.90", "0.45", "0.15", "0.55", "0.50", "0.50"))
+    assert f"| rl | {both} |" in lines
+    assert "| fst | 0 | 2 | 150 (150..150) | 50.0% (50.0%..50.0%) | 0.0% (0.0%..0.0%) |" in lines
+    assert "| fst | 6 | 2 | 153 (153..153) | 50.0% (50.0%..50.0%) | 20.0% (20.0%..20.0%) |" in lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Prompt evolution
 
 

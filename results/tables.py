@@ -1,6 +1,7 @@
 """
 What figures.py draws from and writes beside the figures: a group's rows, and its table.md with {base, trained weights} x {seed, evolved
-prompt}, when each method reaches RL's best, the sigmoid's asymptotes, what each operator's proposals came to, and the prompts' story.
+prompt}, when each method reaches RL's best, the sigmoid's asymptotes, entropy and reward of the slow steps, the prompts' story, and what
+each operator's proposals came to.
 """
 import json
 import math
@@ -147,6 +148,20 @@ def to_rl_best(runs, task):
     return lines
 
 
+def slow_phase(runs, task):
+    """What the slow steps looked like, in the first and the last third of them; a step without signal has no entropy."""
+    lines = []
+    for method, seeds in runs.items():
+        steps = [[row for row in rows if row["kind"] == "step" and row["task"] == task] for rows in seeds.values()]
+        thirds = [side[:max(1, len(side) // 3)] for rows in steps for side in (rows, rows[::-1])]        # first, last; first, last; ...
+        if any(steps):
+            means = [[np.mean(known) for third in thirds[side::2] if (known := [row[key] for row in third if key in row])]
+                     for key in ("entropy", "reward", "flat") for side in (0, 1)]
+            lines.append(f"| {method} | {' | '.join(spread(values, '{:.2f}'.format) if values else 'none' for values in means)} |")
+    head = "| method | entropy, nats a token: first third of the steps | last third | reward | last third | flat groups | last third |"
+    return ["", head, "|" + "---|" * 7, *lines] if lines else []
+
+
 def story(runs, task):
     """Fast phase by fast phase: how long the kept prompts are, and how the seed prompt itself does with the weights of that moment."""
     lines = []
@@ -183,6 +198,6 @@ def table(group, runs):
     tasks = dict.fromkeys(row["task"] for seeds in runs.values() for rows in seeds.values() for row in rows)
     lines = [f"# {group.name}", "", "Written by `python results/figures.py` from the rows of this folder."]
     for task in tasks:
-        lines += ["", f"## {task}", "", *which_channel(runs, task), "", *to_rl_best(runs, task), *story(runs, task)]
+        lines += ["", f"## {task}", "", *which_channel(runs, task), "", *to_rl_best(runs, task), *slow_phase(runs, task), *story(runs, task)]
     lines += operators(group)
     (group / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
