@@ -1704,11 +1704,28 @@ def test_each_row_is_trained_under_its_own_prompt(tiny_run):
     assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in seen)
 
 
-def test_kl_to_the_base_is_exactly_0_at_the_start(tiny_run):
-    """15: whatever the prompt."""
-    run = tiny_run()
+def test_kl_to_the_base_is_under_the_answers_own_prompts(tiny_run):
+    """15: exactly 0 at the start, whatever the prompt; later the k3 of transformers' log-probs of both weights, each answer under the prompt
+    that it was given under."""
+    run = tiny_run("--eval-problems", 8)
     run.population = reflect.Population([Context("another prompt altogether"), Context("b")])
-    assert run.evaluate(0, "val", 4)["kl_base"] == 0.0
+    assert run.evaluate(0, "val", 8)["kl_base"] == 0.0
+    base = transformers.AutoModelForCausalLM.from_pretrained(run.config.model, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.mul_(1.3)
+    save(run.folder / "moved", run.model, run.tokenizer)
+    moved = transformers.AutoModelForCausalLM.from_pretrained(run.folder / "moved", dtype=torch.float32)
+    asked, examine = [], rollout.examine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fst, "examine", lambda *arguments: asked.append(examine(*arguments)) or asked[-1])
+        found = run.evaluate(0, "val", 8)["kl_base"]
+    judged = [rollouts[1] for under in asked[0] for rollouts in under[::4]]                    # the first sampled answer
+    assert [r.context.system for r in judged] == 2 * ["another prompt altogether"] + 2 * [run.tasks[0].seed_prompt]
+    with torch.no_grad():
+        d = torch.cat([alone(base, r.prompt, r.tokens)[0] - alone(moved, r.prompt, r.tokens)[0] for r in judged])
+    assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in judged)
+    assert found == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-3) and found > 0.01
 
 
 def test_batches_are_a_function_of_seed_and_step(tiny_run):

@@ -1,6 +1,6 @@
 """
 One whole GRPO step (sample, grade, log-probs, backward, AdamW) of ours and of TRL's GRPOTrainer, each in a process of its own: same
-weights, prompts, group, length and number of optimizer steps, no KL term, both training in micro-batches. Prints seconds, peak memory
+weights, task, group, limit of an answer and number of optimizer steps, no KL term, both training in micro-batches. Prints seconds, peak memory
 (the card's on CUDA) and, for ours, the share of the machine's limit that sampling and training reach; appends a row each to
 results/bench_step.jsonl.
 
