@@ -30,8 +30,8 @@ from rollout import Context, Example
 
 OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
-DRAFTS = 3                # contexts drafted for each that is asked, where their likelihood is known,
-PROBES = 16               # and the most anchors whose solutions' likelihood counts,
+DRAFTS = 3                # contexts drafted for each that is asked, where their likelihood is known
+PROBES = 16               # the most anchors whose known solutions' likelihood counts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The population
@@ -284,8 +284,9 @@ class Search:
         self.waiting = []                                               # accepted, not yet scored
         self.liking, self.mates = {}, {}            # candidate -> each probe's likelihood under it; context -> its further parents
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
-        for c in self.candidates:
-            c.scores = {step: c.scores.get(step, {})}
+        ids = {p.id for p in self.anchors}
+        for c in self.candidates:                                       # of other weights, or on other problems, scores do not count
+            c.scores = {step: {p: rewards for p, rewards in c.scores.get(step, {}).items() if p in ids}}
             c.verdict, c.reason = "carried", ""
         for record in population.operators.values():                    # older weights' experience fades
             record[:] = [n / 2 for n in record]
@@ -530,7 +531,8 @@ class Search:
         whole = {c: self.missing(c) == 0 for c in mean}
 
         # 1. Who is less than half as good as the best would only take rollouts away from it: such a place goes to a better one again.
-        mean = {c: value for c, value in mean.items() if value >= max(mean.values()) / 2}
+        best = max(mean[c] for c in pool)
+        mean = {c: value for c, value in mean.items() if value >= best / 2}
 
         # 2. Of prompts with the same system text and the same examples in another order only the best is kept.
         first = {}
