@@ -55,6 +55,7 @@ REFUSALS = 5              # updates in a row that are not finite before the run 
 LEAST_MICRO_BATCH = 64    # tokens; with less, running out of memory ends the run
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning
+EVAL_FLAGS = {"device", "slots", "eval_problems", "eval_samples"}     # what --eval takes beside a run's own settings
 MOST = 1_000_000          # of anything: a configuration may come from a stranger
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
@@ -67,13 +68,13 @@ class Config:
     level: int = setting(1, "difficulty of a generated task")
     method: str = setting("fst", f"one of {', '.join(METHODS)}", "paper: fst")
     model: str = setting("auto", "a Hub id, a Hugging Face directory, a .gguf file, or smollm2-135m")
+    why_model: str = dataclasses.field(default="", metadata={})      # no flag: the reason, for the record
     seed_prompt: str = setting("", "system prompt to start from, a text or a file; empty: the task's own")
     data: str = setting("", "folder of the task's data; empty: $FST_DATA, the cache, a download")
     seed: int = setting(0, "of everything random")
     device: str = setting("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
     dtype: str = setting("auto", "float32 or bfloat16, of all but the master weights; auto: on a CPU the faster, else bfloat16")
     # the cycle
-    why_model: str = dataclasses.field(default="", metadata={})      # no flag: the reason, for the record
     steps: int = setting(None, "slow steps, for each task", "paper: not known; ours by device")
     cycle: int = setting(6, "T: slow steps in a cycle", "paper")
     batch: int = setting(None, "problems in a slow step", "paper: 32; on a CPU 8")
@@ -122,6 +123,11 @@ def resolve(config):
     cpu = c.device == "cpu"
     if not cpu and (not c.device.startswith("cuda") or not torch.cuda.is_available()):
         raise ValueError(f"no device {c.device!r} here: PyTorch finds {'CUDA' if torch.cuda.is_available() else 'only the CPU'}")
+    if not cpu:
+        try:                                              # graphs and Triton's kernels go to the current device
+            torch.cuda.set_device(torch.device(c.device).index or 0)
+        except RuntimeError as error:
+            raise ValueError(f"no device {c.device!r} here: PyTorch finds {torch.cuda.device_count()} of CUDA") from error
     plain = all(name == "arithmetic" for name in names)
     for field, value in dict(
             steps=(9 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32, group=12 if cpu else 16,
@@ -411,7 +417,10 @@ class Run:
     def __init__(self, config):
         c = self.config = config
         self.folder = Path(c.out)
-        self.tasks = [get_task(name, c.level, c.data or None, read_seed_prompt(c.seed_prompt)) for name in c.task.split(",")]
+        self.tasks = [get_task(name, c.level, c.data or None, c.seed_prompt or None) for name in c.task.split(",")]
+        if len({task.name for task in self.tasks}) < len(set(c.task.split(","))):
+            raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
+        self.data = hashlib.sha256(repr([task.splits for task in self.tasks]).encode()).hexdigest()
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
         self.base = self.model if c.method == "gepa" else copy.deepcopy(self.model).requires_grad_(False)
@@ -439,8 +448,8 @@ class Run:
         return [problems[i] for i in order[index * size:(index + 1) * size]]
 
     def contexts(self, task):
-        """Whom the slow phase asks with: the K prompts, or the seed prompt while there are none."""
-        return self.population.contexts[:self.config.prompts]
+        """Whom the slow phase asks with: the K prompts, as they are now, whatever task they were evolved on; in plain RL the seed prompt."""
+        return [Context(self.tasks[task].seed_prompt)] if self.config.method == "rl" else self.population.contexts[:self.config.prompts]
 
     def slow(self, task, step):
         """One batch, one update: rollouts under every prompt, advantages over the group, CISPO, AdamW."""
@@ -591,14 +600,15 @@ class Run:
 
         def likelihood(answers):
             rows = [(tuple(self.tokenizer.chat(context.messages(problem.question))),
-                     [*self.tokenizer.encode(text), self.tokenizer.stop_ids[0]]) for context, problem, text in answers]
+                     [*self.tokenizer.encode(text), self.tokenizer.turn_end]) for context, problem, text in answers]
             return [logprobs.mean().item() for logprobs in score_all(self.model, rows, 1.0, self.micro_batch)]
 
         count = lambda context: len(self.tokenizer.chat(context.messages("")))
         weights = self.learner.updates if self.learner else 0
         everyone, spent = reflect.evolve(
             self.population, anchors, ask_all, write, likelihood, count, budget=int(c.passes * len(anchors)), keep=c.prompts,
-            step=weights, seed=f"{c.seed} {task} {cycle}", prompt_tokens=c.prompt_tokens)
+            step=weights, seed=f"{c.seed} {task} {cycle}",
+            prompt_tokens=min(c.prompt_tokens, self.model.config.context - c.max_new_tokens - QUESTION))
         self.spent["fast_rollouts"] += spent
         self.spent["fast_tokens"] += tokens
         kept = self.population.candidates
@@ -619,7 +629,8 @@ class Run:
 
     def evaluate(self, task, split, count, models=None):
         """Accuracy with the best prompt and with the seed prompt, greedy and sampled at temperature 1, on the same problems for
-        every method and seed; and the drift from the base weights, on the same prompts and answers."""
+        every method and seed; and under each prompt the drift from the base weights. Intervals are Wilson's over problems: several
+        answers to one count as one observation, which errs on the wide side."""
         c, start = self.config, time.perf_counter()
         problems = self.tasks[task].problems(split)
         problems = random.Random(f"{split} evaluation").sample(problems, min(count, len(problems)))
@@ -635,21 +646,23 @@ class Run:
             answers = asked[model]
             for name, context in contexts.items():
                 rewards = np.array([[r.reward for r in rollouts] for rollouts in answers[distinct.index(context)]])
-                right, means = rewards[:, 0], rewards[:, 1:].mean(1)                          # [problems]
-                spread = 1.96 * means.std() / math.sqrt(size)
-                row[f"{prefix}{name}greedy"], row[f"{prefix}{name}greedy_interval"] = right.mean(), wilson(right.sum(), size)
-                row[f"{prefix}{name}mean"] = means.mean()
-                row[f"{prefix}{name}mean_interval"] = [max(0.0, means.mean() - spread), min(1.0, means.mean() + spread)]
+                for key, values in (("greedy", rewards[:, 0]), ("mean", rewards[:, 1:].mean(1))):      # [problems]
+                    row[f"{prefix}{name}{key}"], row[f"{prefix}{name}{key}_interval"] = values.mean(), wilson(values.sum(), size)
             if not prefix:
-                judged = [(r.prompt, r.tokens) for under in answers for _, r, *_ in under[::4]]   # a sample of every fourth problem
-                scored = {m: torch.cat(score_all(m, judged, 1.0, self.micro_batch)) for m in {self.model, self.base}}
-                row["kl_base"] = kl_k3(scored[self.model], scored[self.base]).mean().item()
+                drift = [self.drift([r for _, r, *_ in under[::4]]) for under in answers]     # a sample: of every fourth problem
+                row |= {f"{name}kl_base": drift[distinct.index(context)] for name, context in contexts.items()}
         row["seconds"] = time.perf_counter() - start
         self.journal("metrics.jsonl", row)
         say(f"eval  step {row['step']:4d}  {row['task']} {split}, {size} problems: best prompt {row['greedy']:.1%} greedy, "
             f"{row['mean']:.1%} sampled; seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; "
             f"KL to base {row['kl_base']:.4f}  ({row['seconds']:.0f} s)")
         return row
+
+    def drift(self, rollouts):
+        """KL of the weights to the base weights, nats a token, each answer under the prompt that it was given under."""
+        rows = [(r.prompt, r.tokens) for r in rollouts]
+        scored = {m: torch.cat(score_all(m, rows, 1.0, self.micro_batch)) for m in {self.model, self.base}}
+        return kl_k3(scored[self.model], scored[self.base]).mean().item()
 
     # -- the folder ------------------------------------------------------------------------------------------------
 
@@ -668,7 +681,7 @@ class Run:
                 os.fsync(file.fileno())
             journals[name] = length_and_digest((self.folder / name).read_bytes())
         tensors = self.learner.tensors() if self.learner else {"none": torch.zeros(1)}
-        state = {"config": dataclasses.asdict(self.config), "micro_batch": self.micro_batch, "done": self.done, "spent": self.spent,
+        state = {"config": dataclasses.asdict(self.config), "data": self.data, "micro_batch": self.micro_batch, "done": self.done, "spent": self.spent,
                  "refused": self.refused, "finished": self.finished, "population": self.population.to_json(),
                  "updates": self.learner.updates if self.learner else 0, "journals": journals}
         (self.folder / "state").mkdir(exist_ok=True)
@@ -691,6 +704,8 @@ class Run:
             raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
         if state["config"] != dataclasses.asdict(self.config):
             raise ValueError(f"{self.folder / 'config.json'} was changed since the state was saved: undo that, or start anew with --overwrite")
+        if state["data"] != self.data:
+            raise ValueError(f"the problems of {self.config.task} were changed since the state was saved: undo that, or start anew with --overwrite")
         self.micro_batch, self.done, self.spent, self.refused, self.finished = (
             state[key] for key in ("micro_batch", "done", "spent", "refused", "finished"))
         self.population = reflect.Population.from_json(state["population"])
@@ -732,12 +747,13 @@ class Run:
         return True
 
     def after(self, kind, task):
-        """Evaluation and saving, where they are due; a task's last phase is always evaluated."""
+        """Evaluation and saving, where they are due; after a task's last phase it and all before it are always evaluated."""
         c, steps = self.config, self.steps_done()
         ends = self.done == len(self.phases) or self.phases[self.done][1] != task
         lone_fast = kind == "fast" and c.method in ("gepa", "rl+gepa", "gepa+rl")
         if ends or lone_fast or kind == "slow" and c.eval_every and steps % c.eval_every == 0:
-            self.evaluate(task, "val", c.eval_problems)
+            for each in range(task + 1) if ends else [task]:              # what became of the earlier ones
+                self.evaluate(each, "val", c.eval_problems)
         if ends or lone_fast or steps % c.save_every == 0:
             self.save()
 
@@ -870,9 +886,15 @@ def plot(folders, path):
 
 
 def read_seed_prompt(value):
-    if not value:
-        return None
-    return Path(value).read_text(encoding="utf-8").strip() if os.path.isfile(value) else value      # a long text is no path
+    """--seed-prompt's text, or that of the file it names: the run keeps the text."""
+    if not os.path.isfile(value):
+        if re.fullmatch(r"\S*/\S*|\S+\.(txt|md)", value):
+            raise ValueError(f"--seed-prompt {value} looks like a file, and there is none")
+        return value
+    text = Path(value).read_text(encoding="utf-8").strip()
+    if not text:
+        raise ValueError(f"--seed-prompt {value} is an empty file")
+    return text
 
 
 def tokens(text):
@@ -893,20 +915,22 @@ def parse(argv):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds and start anew")
     parser.add_argument("--check", action="store_true", help="say what would run, and what it takes, and stop")
-    parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test problems")
+    parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test problems; "
+                        "takes --device, --slots, --eval-problems and --eval-samples")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs' curves side by side into curves.png of the first")
     parser.add_argument("--show-prompts", metavar="RUN", help="the family tree of a run's prompts")
     options = vars(parser.parse_args(argv))
     actions = {key: options.pop(key) for key in ("overwrite", "check", "eval", "plot", "show_prompts")}
+    options["seed_prompt"] = read_seed_prompt(options["seed_prompt"])
     return Config(**options), actions
 
 
-def stored_config(folder):
+def stored_config(folder, changes={}):
     """What was asked for, a dict, and the resolved configuration, checked like flags: the folder may be damaged, or a stranger's."""
     path = Path(folder) / "config.json"
     with reading(f"{folder} holds no readable run: config.json"):
         stored = json.loads(read_text(path))
-        asked, resolved = stored["asked"], Config(**stored["resolved"])
+        asked, resolved = stored["asked"], Config(**stored["resolved"] | changes)
         for field in dataclasses.fields(Config):
             if type(getattr(resolved, field.name)) is not field.type:
                 raise ValueError(f"{field.name} is not of type {field.type.__name__}")
@@ -940,6 +964,9 @@ def open_run(config, overwrite):
         raise ValueError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
     for name in ("state/state.safetensors", "curves.png", *Run.JOURNALS):
         (folder / name).unlink(missing_ok=True)
+    if (folder / "checkpoint").is_dir():
+        for file in (folder / "checkpoint").iterdir():        # of another model it may hold files that this one has not
+            file.unlink()
     resolved = resolve(config)
     if resolved.dtype == "auto":
         resolved.dtype = str(faster_dtype()[0]).removeprefix("torch.") if resolved.device == "cpu" else "bfloat16"
@@ -984,9 +1011,9 @@ def check(config):
         print("time: not estimated for CUDA")
 
 
-def evaluate_folder(folder):
-    """The 2x2 of a finished or unfinished run from what its folder holds, nothing in it changed."""
-    _, c = stored_config(folder)
+def evaluate_folder(folder, changes):
+    """The 2x2 of a finished or unfinished run from what its folder holds, nothing in it changed; `changes` of its configuration."""
+    _, c = stored_config(folder, changes)
     path = Path(folder) / "checkpoint" / "prompts.json"
     with reading(path):
         population = reflect.Population.from_json(json.loads(read_text(path)))
@@ -1010,11 +1037,16 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input or a failure that is named, 130 interrupted after saving."""
     try:
         config, actions = parse(argv)
+        given = {field.name: value for field in dataclasses.fields(Config) if (value := getattr(config, field.name)) != field.default}
+        for action in ("eval", "plot", "show_prompts"):
+            vain = given.keys() - (EVAL_FLAGS if action == "eval" else set()) | {name for name in ("overwrite", "check") if actions[name]}
+            if actions[action] and vain:
+                raise ValueError(f"--{', --'.join(sorted(vain))}".replace("_", "-") + f" does not go with --{action.replace('_', '-')}")
         if actions["plot"]:
             plot(actions["plot"], Path(actions["plot"][0]) / "curves.png")
             print(f"drawn: {Path(actions['plot'][0]) / 'curves.png'}")
         elif actions["eval"]:
-            evaluate_folder(actions["eval"])
+            evaluate_folder(actions["eval"], given)
         elif actions["show_prompts"]:
             path = Path(actions["show_prompts"]) / "prompts.jsonl"
             with reading(path):
@@ -1026,7 +1058,8 @@ def main(argv=None):
             resolved, lock = open_run(config, actions["overwrite"])
             with lock:
                 run = Run(resolved)
-                signal.signal(signal.SIGINT, run.interrupt)
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, run.interrupt)
                 say(f"{resolved.method} of {resolved.model} ({resolved.why_model}) on {resolved.task}, "
                     f"{resolved.device} {resolved.dtype}: {resolved.out}")
                 return 0 if run.go() else 130
@@ -1041,6 +1074,7 @@ def main(argv=None):
         return 130
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
 
 

@@ -391,6 +391,7 @@ class Tokenizer:
         stops += [vocab.get(special.get("eos_token"))]
         for eos in (generation.get("eos_token_id"), config.get("eos_token_id")):
             stops += eos if isinstance(eos, list) else [eos]
+        self.turn_end = next((id for id in stops if id is not None), None)      # what the template itself ends a turn with
         self.stop_ids = tuple(sorted(set(stops) - {None}))
 
     def encode(self, text: str) -> list[int]:

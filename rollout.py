@@ -115,7 +115,8 @@ class Task:
     def __init__(self, argument="", level=1, data=None):
         if level not in range(1, self.levels + 1):
             raise ValueError(f"task {self.name} has no level {level}: its highest is {self.levels}")
-        label = self.name + (f":{Path(argument).stem}" if argument else f"-{level}" if self.levels > 1 else "")
+        self.name += f":{Path(argument).stem}" * bool(argument)
+        label = self.name + (f"-{level}" if self.levels > 1 else "")
         rows, kept = self.rows(argument, level, data), {}
         for split in ("test", "val", "train"):          # a question that is in several stays in the first of these
             for i, row in enumerate(rows[split]):
@@ -567,7 +568,7 @@ class Block:
 class Sampler:
     """Draws completions from the model, many rows at a time.
 
-    slots: rows decoded together; as rows finish, waiting ones are admitted. progress: a label for a progress bar, or None."""
+    slots: rows decoded together; as rows finish, waiting ones are admitted."""
 
     def __init__(self, model, tokenizer, slots=128):
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
@@ -581,6 +582,7 @@ class Sampler:
     def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None, greedy=None):
         """prompts: token ids, or texts -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
         greedy: per prompt, whether to take the most likely token each time; None: none, or at temperature 0 all.
+        progress: a label for a progress bar, or None.
 
         A row's randomness is a function of (seed, its prompt, how many equal prompts stand before it), one uniform per token,
         drawn ahead: who else is in the batch changes a row by the arithmetic's rounding at most."""

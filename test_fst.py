@@ -293,7 +293,8 @@ def test_chat_and_stop_ids(tmp_path):
     im_end = theirs.convert_tokens_to_ids("<|im_end|>")
     assert ours.stop_ids == (0,) == (im_end,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert load(tmp_path)[1].stop_ids == (0, 7, 9)
+    several = load(tmp_path)[1]
+    assert several.stop_ids == (0, 7, 9) and several.turn_end == im_end         # as in Qwen and Llama 3, whose lowest ends no turn
     files = dict(ours.files, **{"chat_template.jinja": "{{ raise_exception('no system role') }}"})
     with pytest.raises(ValueError, match="no system role"):
         Tokenizer(files).chat(messages)
@@ -1719,13 +1720,13 @@ def test_kl_to_the_base_is_under_the_answers_own_prompts(tiny_run):
     asked, examine = [], rollout.examine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fst, "examine", lambda *arguments: asked.append(examine(*arguments)) or asked[-1])
-        found = run.evaluate(0, "val", 8)["kl_base"]
-    judged = [rollouts[1] for under in asked[0] for rollouts in under[::4]]                    # the first sampled answer
-    assert [r.context.system for r in judged] == 2 * ["another prompt altogether"] + 2 * [run.tasks[0].seed_prompt]
-    with torch.no_grad():
-        d = torch.cat([alone(base, r.prompt, r.tokens)[0] - alone(moved, r.prompt, r.tokens)[0] for r in judged])
-    assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in judged)
-    assert found == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-3) and found > 0.01
+        row = run.evaluate(0, "val", 8)
+    for key, under, system in zip(("kl_base", "seed_kl_base"), asked[0], ("another prompt altogether", run.tasks[0].seed_prompt)):
+        judged = [rollouts[1] for rollouts in under[::4]]                       # the first sampled answer
+        assert len(judged) == 2 and all(r.prompt == tuple(run.tokenizer.chat(Context(system).messages(r.problem.question))) for r in judged)
+        with torch.no_grad():
+            d = torch.cat([alone(base, r.prompt, r.tokens)[0] - alone(moved, r.prompt, r.tokens)[0] for r in judged])
+        assert row[key] == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-3) and row[key] > 0.01
 
 
 def test_batches_are_a_function_of_seed_and_step(tiny_run):
@@ -2011,6 +2012,35 @@ def test_every_method_end_to_end(tmp_path, method):
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("method", ["fst", "rl"])
+def test_tasks_in_turn(tmp_path, method):
+    """Each for all its steps; after a task's last one it and all before it are evaluated, and at the end all on their test problems. The
+    prompts go from one task to the next; in plain RL each is asked with its own seed prompt."""
+    run_fst(tmp_path, "--steps", 1, "--method", "rl", "--out", tmp_path / "first")            # for its data and model
+    data = tmp_path / "data.jsonl"
+    (tmp_path / "more.jsonl").write_text(data.read_text().replace("What is", "How much is"))
+    own, get = {"jsonl:data": "One.", "jsonl:more": "Two."}, fst.get_task
+
+    def get_task(*arguments):
+        task = get(*arguments)
+        task.seed_prompt = own[task.name]
+        return task
+
+    asked, ask = [], fst.ask
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fst, "get_task", get_task)
+        patch.setattr(fst, "ask", lambda sampler, task, jobs, *more: asked.append((task.name, more[-1], {c.system for c, _ in jobs})) or ask(sampler, task, jobs, *more))
+        run_fst(tmp_path, "--method", method, "--task", f"jsonl:{data},jsonl:{tmp_path / 'more.jsonl'}", "--out", tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evals = [(row["task"][6:], row["split"], row["step"]) for row in rows if row["kind"] == "eval"]
+    assert evals == [("data", "val", 0), ("data", "val", 2), ("data", "val", 4), ("more", "val", 6), ("data", "val", 8), ("more", "val", 8),
+                     ("data", "test", 8), ("more", "test", 8)]
+    assert [row["task"] for row in rows if row["kind"] == "step"] == 4 * ["jsonl:data"] + 4 * ["jsonl:more"]
+    slow = [(name, system) for name, what, system in asked if what == "sample"]
+    assert [name for name, _ in slow] == 4 * ["jsonl:data"] + 4 * ["jsonl:more"]
+    assert method == "fst" or all(system == {own[name]} for name, system in slow)
+
+
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     """13: SIGKILL at random instants, the same command again, until it gets through."""
     start = time.perf_counter()
@@ -2028,15 +2058,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
         assert what_counts(out) == what_counts(tmp_path / "whole")
 
 
-def test_ctrl_c_saves_and_goes_on(tmp_path, monkeypatch):
-    """Interrupted in every slow step: exit status 130, the state saved, and the same bytes in the end."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_goes_on(tmp_path, monkeypatch, number):
+    """Interrupted, or told to end, in every slow step: exit status 130, the state saved, and the same bytes in the end."""
     flags = ["--method", "rl", "--steps", 3, "--save-every", 100]
     run_fst(tmp_path, *flags, "--out", tmp_path / "whole")
     slow = fst.Run.slow
-    monkeypatch.setattr(fst.Run, "slow", lambda self, *a: (os.kill(os.getpid(), signal.SIGINT), slow(self, *a))[1])
+    monkeypatch.setattr(fst.Run, "slow", lambda self, *a: (os.kill(os.getpid(), number), slow(self, *a))[1])
     codes = [run_fst(tmp_path, *flags, "--out", tmp_path / "cut", check=False).code for _ in range(4)]
     assert codes == [130, 130, 130, 0] and what_counts(tmp_path / "cut") == what_counts(tmp_path / "whole")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def refused(capsys, *flags):
@@ -2057,6 +2088,63 @@ def test_bad_input_ends_with_one_sentence(tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "1"}\nnot json\n')
     assert "bad.jsonl" in refused(capsys, "--task", "jsonl:bad.jsonl")
     assert "--unknown-flag" in refused(capsys, "--unknown-flag", 1) and "--steps" in refused(capsys, "--steps", "many")
+
+
+def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
+    """The text of its seed prompt, wherever that came from, and its problems: what was changed meanwhile is refused, not taken up."""
+    monkeypatch.chdir(tmp_path)
+    data, prompt = Path("sums.jsonl"), Path("prompt.txt")
+    write(data, [{"question": f"What is {i} + {i}?", "answer": 2 * i} for i in range(60)])
+    prompt.write_text("Answer with the number.\n")
+    flags = [*SHORT, "--task", "jsonl:sums.jsonl", "--seed-prompt", prompt, "--out", tmp_path / "run"]
+    run_fst(tmp_path, *flags)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["asked"]["seed_prompt"] == "Answer with the number."
+    prompt.write_text("Answer with a poem.")
+    assert "other settings (seed_prompt 'Answer with the number.'" in one_sentence(run_fst(tmp_path, *flags, check=False))
+    prompt.write_text("")
+    assert "empty" in one_sentence(run_fst(tmp_path, *flags, check=False))
+    prompt.unlink()
+    assert "looks like a file" in one_sentence(run_fst(tmp_path, *flags, check=False))
+    flags[flags.index(prompt)] = "Answer with the number."                                  # the same prompt, said otherwise
+    assert run_fst(tmp_path, *flags).code == 0
+    data.write_text(data.read_text().replace('"answer": 8}', '"answer": 9}'))
+    assert "problems of jsonl:sums.jsonl were changed" in one_sentence(run_fst(tmp_path, *flags, check=False))
+    (tmp_path / "more").mkdir()
+    shutil.copy(data, tmp_path / "more")
+    assert "one name" in one_sentence(run_fst(tmp_path, *SHORT, "--task", "jsonl:sums.jsonl,jsonl:more/sums.jsonl", "--out", tmp_path / "two", check=False))
+
+
+def test_overwrite_leaves_nothing_of_the_old_checkpoint(tmp_path):
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "run")
+    fresh = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
+    (tmp_path / "run" / "checkpoint" / "chat_template.jinja").write_text("of another model")
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "run", "--overwrite")
+    assert {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()} == fresh
+
+
+def test_eval_takes_only_what_it_uses(tmp_path, capsys):
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "run")
+    printed = {n: (fst.main(["--eval", str(tmp_path / "run"), "--eval-problems", str(n)]), capsys.readouterr().out)[1] for n in (2, 3)}
+    assert all(f"{2 * n} test problems" in text for n, text in printed.items())
+    for action in ("--eval", "--plot", "--show-prompts"):
+        assert f"--steps does not go with {action}" in refused(capsys, action, tmp_path / "run", "--steps", 3)
+    assert "--eval-problems, --overwrite does not go" in refused(capsys, "--plot", tmp_path / "run", "--overwrite", "--eval-problems", 3)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys):
+    """As on a machine with one card; the one that is asked for becomes the current one, to which graphs and Triton's kernels go."""
+    chosen = []
+
+    def set_device(index):
+        if index > 0:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+        chosen.append(index)
+
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", set_device), ("mem_get_info", lambda _: (1e9, 1e9))):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for device in ("cuda:1", "cuda:x"):
+        assert f"no device '{device}' here" in refused(capsys, "--device", device, "--check")
+    assert fst.resolve(fst.Config(device="cuda:0", model="m")).device == "cuda:0" and chosen == [0]
 
 
 def test_a_run_that_never_began_does_not_stand_in_the_way(tmp_path, capsys):
@@ -2474,11 +2562,12 @@ def test_a_table_says_what_the_rows_say(tmp_path):
     accuracy = {("rl", 0): (0.0, 0.2, 0.4), ("rl", 1): (0.0, 0.4, 0.4), ("fst", 0): (0.0, 0.3, 0.7), ("fst", 1): (0.0, 0.6, 0.8)}
     for (method, seed), values in accuracy.items():
         point = {"kind": "eval", "split": "val", "task": "t", "greedy": 0.0}
-        rows = [point | {"step": 3 * i, "rollouts": 100 * i, "mean": v, "kl_base": i / 100 + seed / 1000, "seed_greedy": i / 10} for i, v in enumerate(values)]
-        rows += [{"kind": "step", "task": "t", "step": i, "reward": i / 10, "flat": 0.5, "sample_seconds": 1, "train_seconds": 2}
-                 | ({"entropy": 1 - i / 10} if i != 2 else {}) for i in range(1, 7)]       # step 2 had no signal
-        if method == "fst":
-            rows += [{"kind": "fast", "task": "t", "weights": w, "prompt_tokens": [100, 200 + w], "best": 0.5, "seconds": 5} for w in (0, 6)]
+        evals = [point | {"step": 3 * i, "rollouts": 100 * i, "mean": v, "kl_base": i / 100 + seed / 1000, "seed_greedy": i / 10} for i, v in enumerate(values)]
+        steps = [{"kind": "step", "task": "t", "step": i, "reward": i / 10, "flat": 0.5, "sample_seconds": 1, "train_seconds": 2}
+                 | ({"entropy": 1 - i / 10} if i != 2 else {}) for i in range(1, 7)]       # step 2 had no signal: 5 updates in all
+        fast = [{"kind": "fast", "task": "t", "weights": w, "prompt_tokens": [100, 200 + w], "best": 0.5, "seconds": 5} for w in (0, 5)]
+        parts = [evals[:1], fast[:1], steps[:3], evals[1:2], steps[3:], evals[2:], fast[1:]]
+        rows = [row for part in parts for row in part if method == "fst" or row["kind"] != "fast"]
         cells = {f"{cell}{key}": 0.25 * (seed + 1) for cell in ("base_seed_", "base_", "seed_", "") for key in ("greedy", "mean")}
         rows += [point | cells | {"split": "test", "n": 128, "samples": 1}] if (method, seed) != ("rl", 1) else []
         (tmp_path / f"{method}-{seed}").mkdir()
@@ -2498,7 +2587,7 @@ def test_a_table_says_what_the_rows_say(tmp_path):
     both = " | ".join(f"{value} ({value}..{value})" for value in ("0.90", "0.45", "0.15", "0.55", "0.50", "0.50"))
     assert f"| rl | {both} |" in lines
     assert "| fst | 0 | 2 | 150 (150..150) | 50.0% (50.0%..50.0%) | 0.0% (0.0%..0.0%) |" in lines
-    assert "| fst | 6 | 2 | 153 (153..153) | 50.0% (50.0%..50.0%) | 20.0% (20.0%..20.0%) |" in lines
+    assert "| fst | 6 | 2 | 152 (152..152) | 50.0% (50.0%..50.0%) | 20.0% (20.0%..20.0%) |" in lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2807,6 +2896,26 @@ def test_scores_of_older_weights_are_not_used():
     assert all(c.mean(6) in (0.0, None) for c in everyone) and spent == len(worse.rollouts)
     same, _, spent = run(Model(base=0.9), 2, step=6, population=population)
     assert any(len(r) > 1 for c in same.candidates for r in c.scores[6].values())         # at the same weights they add up
+
+
+def test_scores_on_other_problems_are_not_used():
+    """At the same weights, as in every later cycle of gepa: the prompt that solved the last cycle's problems starts anew on this one's."""
+    population, _, _ = run(Model(base=0.9), 0, n=24)
+    anchors = [dataclasses.replace(p, id=f"other/{p.id}") for p in problems(24)]
+    _, everyone, _ = run(Model(base=0.1), 1, population=population, anchors=anchors, n=24)
+    assert all(id.startswith("other/") for c in everyone for id in c.scores[0]) and max(c.mean(0) for c in everyone if c.scores[0]) < 0.8
+
+
+def test_a_lucky_failure_throws_nobody_out():
+    """A child that solves 1 of 3 and fails, as its parent solved 1 too, may be estimated at twice what any prompt known on all anchors is:
+    these stay. At accuracies of a few percent it happens now and then."""
+    lucky = 0
+    for seed in range(60):
+        population, everyone, _ = run(Model(base=0.03, example=0, quality=0, lesson=0), seed, keep=2)
+        whole = [c for c in everyone if len(c.scores[0]) == len(c.scorers(problems(48)))]
+        lucky += any(c.verdict == "failed" and c.mean(0) for c in everyone)
+        assert population.candidates[0] in whole
+    assert lucky > 2
 
 
 def test_slow_rollouts_at_the_same_weights_count():

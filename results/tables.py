@@ -166,12 +166,13 @@ def story(runs, task):
     """Fast phase by fast phase: how long the kept prompts are, and how the seed prompt itself does with the weights of that moment."""
     lines = []
     for method, seeds in runs.items():
-        at = defaultdict(list)                            # weight step -> (tokens of the kept prompts, best, the seed prompt's accuracy)
+        at = defaultdict(list)                            # slow step -> (tokens of the kept prompts, best, the seed prompt's accuracy)
         for rows in seeds.values():
-            seed_prompt = {row["step"]: row["seed_greedy"] for row in evals(rows) if row["task"] == task}
+            seed_prompt, now = {row["step"]: row["seed_greedy"] for row in evals(rows) if row["task"] == task}, 0
             for row in rows:
+                now = row.get("step", now)
                 if row["kind"] == "fast" and row["task"] == task:
-                    at[row["weights"]].append((np.mean(row["prompt_tokens"]), row["best"], seed_prompt.get(row["weights"])))
+                    at[now].append((np.mean(row["prompt_tokens"]), row["best"], seed_prompt.get(now)))
         for step, cells in sorted(at.items()):
             tokens, best, seed_prompt = zip(*cells)
             known = [value for value in seed_prompt if value is not None]
