@@ -2562,7 +2562,8 @@ def test_a_table_says_what_the_rows_say(tmp_path):
     accuracy = {("rl", 0): (0.0, 0.2, 0.4), ("rl", 1): (0.0, 0.4, 0.4), ("fst", 0): (0.0, 0.3, 0.7), ("fst", 1): (0.0, 0.6, 0.8)}
     for (method, seed), values in accuracy.items():
         point = {"kind": "eval", "split": "val", "task": "t", "greedy": 0.0}
-        evals = [point | {"step": 3 * i, "rollouts": 100 * i, "mean": v, "kl_base": i / 100 + seed / 1000, "seed_greedy": i / 10} for i, v in enumerate(values)]
+        evals = [point | {"step": 3 * i, "rollouts": 100 * i, "mean": v, "kl_base": i / 100 + seed / 1000, "seed_kl_base": (i + 1) / 100 + seed / 1000, "seed_greedy": i / 10}
+                 for i, v in enumerate(values)]
         steps = [{"kind": "step", "task": "t", "step": i, "reward": i / 10, "flat": 0.5, "sample_seconds": 1, "train_seconds": 2}
                  | ({"entropy": 1 - i / 10} if i != 2 else {}) for i in range(1, 7)]       # step 2 had no signal: 5 updates in all
         fast = [{"kind": "fast", "task": "t", "weights": w, "prompt_tokens": [100, 200 + w], "best": 0.5, "seconds": 5} for w in (0, 5)]
@@ -2581,8 +2582,8 @@ def test_a_table_says_what_the_rows_say(tmp_path):
     # rl's mean is 0, 0.3, 0.4; fst's 0, 0.45, 0.75: there after 3 steps, but its seed 0 only after 6
     assert any(line.startswith("RL's best: 40.0% sampled") for line in lines)
     few = "not fitted: 2 evaluations after the start, 5 are needed |"
-    assert f"| fst | 75.0% (70.0%..80.0%) | 3 (3..6) | 100 (100..200) | 0.0105 (0.0110..0.0200) | 2 of 2 | {few}" in lines
-    assert f"| rl | 40.0% (40.0%..40.0%) | 6 (3..6) | 200 (100..200) | 0.0205 (0.0110..0.0200) | 2 of 2 | {few}" in lines
+    assert f"| fst | 75.0% (70.0%..80.0%) | 3 (3..6) | 100 (100..200) | 0.0105 (0.0110..0.0200) | 0.0205 (0.0210..0.0300) | 2 of 2 | {few}" in lines
+    assert f"| rl | 40.0% (40.0%..40.0%) | 6 (3..6) | 200 (100..200) | 0.0205 (0.0110..0.0200) | 0.0205 (0.0110..0.0200) | 2 of 2 | {few}" in lines
     # thirds of 6 steps: entropies 0.9 and (none); 0.5 and 0.4. Rewards 0.1 and 0.2; 0.5 and 0.6
     both = " | ".join(f"{value} ({value}..{value})" for value in ("0.90", "0.45", "0.15", "0.55", "0.50", "0.50"))
     assert f"| rl | {both} |" in lines

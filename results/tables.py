@@ -31,6 +31,11 @@ def runs_of(group):
         config = path.parent / "config.json"
         resolved = json.loads(config.read_text(encoding="utf-8"))["resolved"] if config.exists() else {}
         method, seed = name.groups() if name and path.parent != group else (resolved.get("method", group.name), resolved.get("seed", 0))
+        for row in evals(rows):
+            if method == "rl":                            # whose own prompt is the seed prompt
+                row["seed_kl_base"] = row["kl_base"]
+            elif "seed_kl_base" not in row:               # of a run from before the answers under the two prompts were told apart
+                row.pop("kl_base", None)
         runs.setdefault(method, {})[int(seed)] = rows
     return dict(sorted(runs.items(), key=lambda item: (METHODS.index(item[0]) if item[0] in METHODS else 99, item[0])))
 
@@ -120,8 +125,8 @@ def to_rl_best(runs, task):
     """When each method's mean over seeds, and its single seeds, first reach the best validation accuracy of RL's mean; then the sigmoid."""
     lines, target, means, every = [], None, {}, {}
     for method, seeds in runs.items():
-        points = [[(row["step"], row["rollouts"], row["mean"], row["kl_base"]) for row in evals(rows) if row["task"] == task]
-                  for rows in seeds.values()]
+        points = [[(row["step"], row["rollouts"], row["mean"], *(row.get(key, math.nan) for key in ("kl_base", "seed_kl_base")))
+                   for row in evals(rows) if row["task"] == task] for rows in seeds.values()]
         every[method] = [curve for curve in points if curve]
         if every[method]:
             means[method], full = mean_curve(every[method])
@@ -129,20 +134,20 @@ def to_rl_best(runs, task):
                 target = means[method][:, 2].max()
                 lines = [f"RL's best: {target:.1%} sampled, the highest point of its mean on validation problems (seeds: {full}). When others "
                          "reach it: their mean over seeds (lowest..highest of the seeds that do).", ""]
-    lines += ["| method | best, sampled | slow steps to RL's best | rollouts to RL's best | KL to the base there, nats a token "
-              "| seeds that reach it | sigmoid |", "|" + "---|" * 7]
+    lines += ["| method | best, sampled | slow steps to RL's best | rollouts to RL's best | KL to the base there under the own prompt, nats a token "
+              "| under the seed prompt | seeds that reach it | sigmoid |", "|" + "---|" * 8]
     for method, curves in every.items():
         if not curves:
-            lines.append(f"| {method} | no evaluation | | | | | |")
+            lines.append(f"| {method} | no evaluation | | | | | | |")
             continue
-        best, reached = spread([max(R for _, _, R, _ in curve) for curve in curves], "{:.1%}".format), ""
-        when = ["no RL above 0 here", "", ""]
+        best, reached = spread([max(point[2] for point in curve) for curve in curves], "{:.1%}".format), ""
+        when = ["no RL above 0 here", "", "", ""]
         if target is not None:
-            first = lambda curve: next(((step, C, KL) for step, C, R, KL in curve if R >= target), None)
+            first = lambda curve: next(((step, C, *KL) for step, C, R, *KL in curve if R >= target), None)
             of_mean, of_seeds = first(means[method]), [found for found in map(first, curves) if found]
-            when = [(form(of_mean[i]) if of_mean else "not reached")
+            when = ["not logged" if of_mean and math.isnan(of_mean[i]) else (form(of_mean[i]) if of_mean else "not reached")
                     + (f" ({form(min(f[i] for f in of_seeds))}..{form(max(f[i] for f in of_seeds))})" if of_seeds else "")
-                    for i, form in enumerate(["{:.0f}".format, "{:.0f}".format, "{:.4f}".format])]
+                    for i, form in enumerate(["{:.0f}".format, "{:.0f}".format, "{:.4f}".format, "{:.4f}".format])]
             reached = f"{len(of_seeds)} of {len(curves)}"
         lines.append(f"| {method} | {best} | {' | '.join(when)} | {reached} | {sigmoid(runs[method], task)} |")
     return lines
