@@ -2585,7 +2585,7 @@ def test_a_table_says_what_the_rows_say(tmp_path):
     assert f"| fst | 75.0% (70.0%..80.0%) | 3 (3..6) | 100 (100..200) | 0.0105 (0.0110..0.0200) | 0.0205 (0.0210..0.0300) | 2 of 2 | {few}" in lines
     assert f"| rl | 40.0% (40.0%..40.0%) | 6 (3..6) | 200 (100..200) | 0.0205 (0.0110..0.0200) | 0.0205 (0.0110..0.0200) | 2 of 2 | {few}" in lines
     # thirds of 6 steps: entropies 0.9 and (none); 0.5 and 0.4. Rewards 0.1 and 0.2; 0.5 and 0.6
-    both = " | ".join(f"{value} ({value}..{value})" for value in ("0.90", "0.45", "0.15", "0.55", "0.50", "0.50"))
+    both = " | ".join("none" if value is None else f"{value} ({value}..{value})" for value in (0.9, 0.45, None, None, 0.15, 0.55, 0.5, 0.5))
     assert f"| rl | {both} |" in lines
     assert "| fst | 0 | 2 | 150 (150..150) | 50.0% (50.0%..50.0%) | 0.0% (0.0%..0.0%) |" in lines
     assert "| fst | 6 | 2 | 152 (152..152) | 50.0% (50.0%..50.0%) | 20.0% (20.0%..20.0%) |" in lines

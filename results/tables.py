@@ -154,17 +154,18 @@ def to_rl_best(runs, task):
 
 
 def slow_phase(runs, task):
-    """What the slow steps looked like, in the first and the last third of them; a step without signal has no entropy."""
+    """What the slow steps looked like, in the first and the last third of them; a step without signal has neither entropy nor KL."""
     lines = []
     for method, seeds in runs.items():
         steps = [[row for row in rows if row["kind"] == "step" and row["task"] == task] for rows in seeds.values()]
         thirds = [side[:max(1, len(side) // 3)] for rows in steps for side in (rows, rows[::-1])]        # first, last; first, last; ...
         if any(steps):
             means = [[np.mean(known) for third in thirds[side::2] if (known := [row[key] for row in third if key in row])]
-                     for key in ("entropy", "reward", "flat") for side in (0, 1)]
-            lines.append(f"| {method} | {' | '.join(spread(values, '{:.2f}'.format) if values else 'none' for values in means)} |")
-    head = "| method | entropy, nats a token: first third of the steps | last third | reward | last third | flat groups | last third |"
-    return ["", head, "|" + "---|" * 7, *lines] if lines else []
+                     for key in ("entropy", "kl_reference", "reward", "flat") for side in (0, 1)]
+            lines.append(f"| {method} | {' | '.join(spread(values, '{:.3g}'.format) if values else 'none' for values in means)} |")
+    head = ("| method | entropy, nats a token: first third of the steps | last third | KL to the base of the training rollouts, nats a token "
+            "| last third | reward | last third | flat groups | last third |")
+    return ["", head, "|" + "---|" * 9, *lines] if lines else []
 
 
 def story(runs, task):
