@@ -845,7 +845,7 @@ def read_points(folder):
         rows = read_rows(Path(folder) / "metrics.jsonl")
         evals, steps = ([row for row in rows if row["kind"] == kind] for kind in ("eval", "step"))
         pick = lambda rows, *keys: [{key: float(row[key]) for key in keys} for row in rows if keys[-1] in row]
-        return (pick([row for row in evals if row["split"] == "val"], "step", "rollouts", "kl_base", "mean", "seed_mean"),
+        return (pick([row for row in evals if row["split"] == "val"], "step", "rollouts", "kl_base", "seed_kl_base", "mean", "seed_mean"),
                 pick([row for row in evals if row["split"] == "test"], *GAINS),
                 pick(steps, "step", "reward"), pick(steps, "step", "entropy"))
 
@@ -861,8 +861,8 @@ def plot(folders, path):
     for i, folder in enumerate(folders):
         evals, tests, rewards, entropies = read_points(folder)
         colour, name = f"C{i % 10}", Path(folder).name.replace("$", r"\$")
-        for axis, x in ((by_step, "step"), (by_rollouts, "rollouts"), (by_drift, "kl_base")):
-            for y, style, alpha, label in (("mean", "o-", 1, name), ("seed_mean", "o:", 0.5, f"{name}, seed prompt")):
+        for axis, *xs in ((by_step, "step", "step"), (by_rollouts, "rollouts", "rollouts"), (by_drift, "kl_base", "seed_kl_base")):
+            for x, y, style, alpha, label in zip(xs, ("mean", "seed_mean"), ("o-", "o:"), (1, 0.5), (name, f"{name}, seed prompt")):
                 axis.plot([row[x] for row in evals], [row[y] for row in evals], style, color=colour, alpha=alpha, label=label)
         for axis, y, rows in ((reward, "reward", rewards), (entropy, "entropy", entropies)):
             axis.plot([row["step"] for row in rows], [row[y] for row in rows], color=colour)
