@@ -170,7 +170,7 @@ def parse_rewrite(reply, stopped=True):
     """The reflector's reply -> the text of its last closed fence outside its thoughts; ValueError says why there is none."""
     if not stopped:
         raise ValueError("cut off at the limit")
-    answer = reply.rpartition("</think>")[2]              # a template may open the thoughts itself: only their end is sure
+    answer = printable(reply).rpartition("</think>")[2]   # a template may open the thoughts itself: only their end is sure
     if "<think>" in answer:
         raise ValueError("its thoughts do not end")
     parts = answer.split("```")
@@ -178,7 +178,7 @@ def parse_rewrite(reply, stopped=True):
         raise ValueError("no closed fence")
     if len(parts) % 2 == 0:
         raise ValueError("its last fence is not closed")
-    text = printable(re.sub(r"^\w*\n", "", parts[-2])).strip()      # the fence's first line may name a language
+    text = re.sub(r"^\w*\n", "", parts[-2]).strip()       # the fence's first line may name a language
     if not text:
         raise ValueError("empty")
     if MARKUP.search(text):

@@ -2750,6 +2750,7 @@ def test_parse_rewrite(reply, expected):
 
 def obvious_rewrite(reply):
     """Character by character: what stands between the last two of the fences outside the thoughts."""
+    reply = "".join(" " if c == "\t" else c for c in reply if c.isprintable() or c in "\t\n")
     answer = reply[reply.rfind("</think>") + len("</think>"):] if "</think>" in reply else reply
     between, i = [""], 0
     while i < len(answer):
@@ -2760,12 +2761,11 @@ def obvious_rewrite(reply):
     if "<think>" in answer or len(between) % 2 == 0 or len(between) == 1:
         return None
     language, line, rest = between[-2].partition("\n")
-    text = rest if line and all(c.isalnum() or c == "_" for c in language) else between[-2]
-    text = "".join(" " if c == "\t" else c for c in text if c.isprintable() or c in "\t\n").strip()
+    text = (rest if line and all(c.isalnum() or c == "_" for c in language) else between[-2]).strip()
     return text if text and not re.search(r"<\|[^\n]*?\|>|</?think>", text) else None
 
 
-PIECES = ["```", "\n", "\n", "<think>", "</think>", "text", "Be brief.", "<|im_end|>", "<|", "|>", "`", "\x1b[31m", "\t"]
+PIECES = ["```", "``\x7f`", "\n", "\n", "<think>", "</think>", "text", "Be brief.", "<|im_end|>", "<|", "|>", "`", "\x1b[31m", "\t"]
 
 
 def test_parse_rewrite_gives_the_last_closed_fence_or_says_why():
