@@ -282,7 +282,7 @@ class Search:
         self.candidates = list(dict.fromkeys(population.candidates))
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
-        self.liking, self.mates = {}, {}            # candidate -> each probe's likelihood under it; context -> its further parents
+        self.liking, self.mates = {}, {}            # candidate -> each probe's log-prob under it; context -> its further parents
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
         ids = {p.id for p in self.anchors}
         for c in self.candidates:                                       # of other weights, or on other problems, scores do not count
@@ -464,12 +464,12 @@ class Search:
         self.liking |= {c: likings[c.context] for c in candidates}
 
     def likings(self, contexts):
-        """context -> how likely the model finds each probe's known solution under it: the probability of 16 tokens at the solution's mean
-        log-prob. Near the chance to be right where answers are about so long, and of one scale where not. No prompt shows a probe."""
+        """context -> how likely the model finds each probe's known solution under it: the mean log-prob of its tokens. Not the probability, in
+        which one easy probe outweighs all others: over GSM8K's long solutions no example would show. No prompt shows a probe."""
         found = {context: [] for context in contexts}
         jobs = [(context, problem, answer) for context in found for problem, answer in self.probes]
         for (context, _, _), logprob in zip(jobs, self.likelihood(jobs) if jobs else []):
-            found[context].append(math.exp(16 * logprob))
+            found[context].append(logprob)
         return found
 
     def likelier(self, child, parent):
