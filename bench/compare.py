@@ -2,12 +2,13 @@
 Methods side by side over several seeds, each run a process of its own, one after another or a few at a time. What is not known here
 is a flag of fst.py, the same for all runs. A run works in runs/compare/NAME/METHOD-SEED, its output beside it in METHOD-SEED.log; when
 it is finished its config.json, metrics.jsonl and prompts.jsonl (of generated tasks: prompts may quote other people's data) are copied
-to results/NAME/METHOD-SEED. The same command given again resumes what was cut and passes over what is finished. NAME is the task's
+to results/NAME/METHOD-SEED, with made.json: command, commit, date, machine. The same command given again resumes what was cut and passes over what is finished. NAME is the task's
 unless --name gives another.
 
     python bench/compare.py arithmetic --methods fst rl gepa --seeds 0 1 2 --steps 24 --eval-every 2
 """
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "bench"))
+from sampler import provenance                                            # noqa: E402
+
 GENERATED = {"arithmetic", "star", "codeio"}
 running, stopping = set(), threading.Event()
 
@@ -42,6 +46,7 @@ def one(name, method, seed, task, flags, environment):
         kept.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "metrics.jsonl", *["prompts.jsonl"] * (set(task.split(",")) <= GENERATED)):
             shutil.copyfile(folder / file, kept / file)
+        (kept / "made.json").write_text(json.dumps(provenance(environment.get("OMP_NUM_THREADS"))) + "\n")
     what = "finished" if status == 0 else f"ended with status {status}, not copied"
     print(f"{label}: {what} after {time.perf_counter() - start:.0f} s", flush=True)
     return status

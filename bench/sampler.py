@@ -12,6 +12,7 @@ import datetime
 import json
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,15 +28,25 @@ JOBS = {"8 problems x 8 samples x 128 tokens": (8, 8, 128, 0), "64 x 8 x 128": (
         "1,500-token prompt, 1 x 64 x 64": (1, 64, 64, 1500)}
 
 
-def machine():
+def machine(threads=None):
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model}, {threads or torch.get_num_threads()} threads"
+
+
+def provenance(threads=None):
+    """Where a row comes from; threads: those of a process that this one started."""
+    try:
+        commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"machine": machine(threads), "torch": torch.__version__, "date": str(datetime.date.today()), "commit": commit,
+            "command": shlex.join(["python", *sys.argv])}
 
 
 def record(file, **row):
-    row |= {"machine": machine(), "torch": torch.__version__, "date": str(datetime.date.today()), "command": shlex.join(["python", *sys.argv])}
+    row |= provenance()
     with open(ROOT / "results" / file, "a") as out:
         out.write(json.dumps(row) + "\n")
 
