@@ -37,9 +37,11 @@ def machine(threads=None):
 
 def provenance(threads=None):
     """Where a row comes from; threads: those of a process that this one started."""
+    git = lambda *command: subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
     try:
-        commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True).stdout.strip()
-    except OSError:
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        commit += "-changed" * bool(commit and git("diff", "--quiet", "HEAD", "--", "*.py").returncode)
+    except OSError:                                       # there is no git
         commit = ""
     return {"machine": machine(threads), "torch": torch.__version__, "date": str(datetime.date.today()), "commit": commit,
             "command": shlex.join(["python", *sys.argv])}
