@@ -1022,7 +1022,7 @@ def evaluate_folder(folder, changes):
             raise ValueError("its prompts are not texts")
     run = Run(dataclasses.replace(c, method="gepa"))                      # no optimizer is needed
     run.model, _ = load(str(Path(folder) / "checkpoint"), c.device, getattr(torch, c.dtype))
-    run.population, run.journal = population, lambda *_: None
+    run.config, run.population, run.journal = c, population, lambda *_: None
     for task in range(len(run.tasks)):
         say(table(run.evaluate(task, "test", 2 * c.eval_problems, {"base_": run.base, "": run.model})))
 

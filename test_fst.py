@@ -2031,6 +2031,12 @@ def test_tasks_in_turn(tmp_path, method):
         patch.setattr(fst, "get_task", get_task)
         patch.setattr(fst, "ask", lambda sampler, task, jobs, *more: asked.append((task.name, more[-1], {c.system for c, _ in jobs})) or ask(sampler, task, jobs, *more))
         run_fst(tmp_path, "--method", method, "--task", f"jsonl:{data},jsonl:{tmp_path / 'more.jsonl'}", "--out", tmp_path / "run")
+        examined, examine = [], fst.examine
+        patch.setattr(fst, "examine", lambda sampler, task, contexts, *more: examined.append((task.name, {c.system for c in contexts}))
+                      or examine(sampler, task, contexts, *more))
+        assert fst.main(["--eval", str(tmp_path / "run")]) == 0
+    assert [name for name, _ in examined] == 2 * ["jsonl:data"] + 2 * ["jsonl:more"]          # base and trained weights
+    assert method == "fst" or all(systems == {own[name]} for name, systems in examined)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evals = [(row["task"][6:], row["split"], row["step"]) for row in rows if row["kind"] == "eval"]
     assert evals == [("data", "val", 0), ("data", "val", 2), ("data", "val", 4), ("more", "val", 6), ("data", "val", 8), ("more", "val", 8),
