@@ -2597,6 +2597,21 @@ def test_a_table_says_what_the_rows_say(tmp_path):
     assert "| fst | 6 | 2 | 152 (152..152) | 50.0% (50.0%..50.0%) | 20.0% (20.0%..20.0%) |" in lines
 
 
+def test_table_of_the_peers(tmp_path):
+    """A measurement made again counts once; seeds are put together, other limits kept apart."""
+    row = {"task": "t", "system": "ours", "max_new_tokens": 32, "rollouts": 240, "problems": 50, "sampled": 0.25, "greedy_format": 1.0,
+           "sampled_format": 0.5, "prompt_tokens": 300}
+    rows = [row | {"seed": 0, "greedy": 0.9}, row | {"seed": 0, "greedy": 0.1}, row | {"seed": 1, "greedy": 0.3},
+            row | {"seed": 0, "greedy": 0.7, "max_new_tokens": 64}]
+    (tmp_path / "bench_gepa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables.peers(tmp_path / "bench_gepa.jsonl")
+    low, high = fst.wilson(20, 100)
+    line, other = (tmp_path / "bench_gepa.md").read_text().splitlines()[-2:]
+    assert line == (f"| t, 32 | ours | 2 | 240 (240..240) | 20.0% (10.0%..30.0%) | {low:.1%} to {high:.1%} | 25.0% (25.0%..25.0%) | "
+                    "100.0% (100.0%..100.0%) | 50.0% (50.0%..50.0%) | 300 (300..300) |")
+    assert other.startswith("| t, 64 | ours | 1 | 240 | 70.0% | ")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompt evolution
 

@@ -1,7 +1,7 @@
 """
 What figures.py draws from and writes beside the figures: a group's rows, and its table.md with {base, trained weights} x {seed, evolved
 prompt}, when each method reaches RL's best, the sigmoid's asymptotes, entropy and reward of the slow steps, the prompts' story, and what
-each operator's proposals came to.
+each operator's proposals came to. And bench_gepa.md from bench_gepa.jsonl.
 """
 import json
 import math
@@ -208,3 +208,29 @@ def table(group, runs):
         lines += ["", f"## {task}", "", *which_channel(runs, task), "", *to_rl_best(runs, task), *slow_phase(runs, task), *story(runs, task)]
     lines += operators(group)
     (group / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def peers(path):
+    """bench_gepa.jsonl -> bench_gepa.md: the latest row of each task, limit of an answer, system and seed; a system's seeds side by side."""
+    latest = {(row["task"], row["max_new_tokens"], row["system"], row["seed"]): row for row in read(path)}
+    groups, keys = defaultdict(list), ("greedy", "sampled", "greedy_format", "sampled_format")
+    for key, row in sorted(latest.items()):
+        groups[key[:3]].append(row)
+    lines = [f"# {path.stem}", "", f"Written by `python results/figures.py` from `{path.name}`: held-out accuracy, and share of answers in the asked form, with the best "
+             "prompt of each system. Mean (lowest..highest) over seeds; greedy with the 95% interval (Wilson's) of the share of all seeds' answers, as "
+             "if they were of different problems.", "",
+             "| task, limit of an answer | system | seeds | rollouts | greedy | 95% | sampled | in form, greedy | in form, sampled | tokens of the prompt |", "|" + "---|" * 10]
+    for (task, limit, system), rows in groups.items():
+        cells = {key: spread([row[key] for row in rows], lambda value: f"{100 * value:.1f}%") for key in keys}
+        n = sum(row["problems"] for row in rows)
+        low, high = wilson(sum(row["greedy"] * row["problems"] for row in rows), n)
+        lines.append(f"| {task}, {limit} | {system} | {len(rows)} | {spread([row['rollouts'] for row in rows], '{:.0f}'.format)} | {cells['greedy']} | {low:.1%} to {high:.1%} | "
+                     f"{cells['sampled']} | {cells['greedy_format']} | {cells['sampled_format']} | {spread([row['prompt_tokens'] for row in rows], '{:.0f}'.format)} |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def wilson(successes, n):
+    """95% interval of a proportion (Wilson, JASA 22, 1927)."""
+    z, p = 1.96, successes / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
