@@ -198,7 +198,8 @@ def attention(q, k, v, mask, shared=None):
     group = heads // kv_heads
     q = q.view(P, S, L, kv_heads, group, head_dim).permute(0, 3, 1, 4, 2, 5) * head_dim ** -0.5
     q = q.reshape(P, kv_heads, S, group * L, head_dim)
-    scores = q @ k.transpose(-1, -2) + mask                                                   # [P, kv_heads, S, group * L, keys]
+    mask = mask.expand(*q.shape[:4], k.shape[3]).flatten(0, 2)
+    scores = torch.baddbmm(mask, q.flatten(0, 2), k.flatten(0, 2).transpose(1, 2)).view(*q.shape[:4], -1)     # [P, kv_heads, S, group * L, keys]
     if shared is None:
         out = scores.softmax(-1) @ v
     else:
@@ -236,25 +237,19 @@ class Layout:
         lengths = [s.stop - s.start for s in slices]
         # Rows are padded to the longest of their class, and a class spans a factor of two.
         for level in sorted({(depth[i], n.bit_length()) for i, n in enumerate(lengths)}):
-            families = {}                                # parent (roots: each its own) -> its segments of this level
-            for i, (_, parent) in enumerate(segments):
-                if (depth[i], lengths[i].bit_length()) == level:
-                    families.setdefault(i if parent is None else parent, []).append(i)
-            P, S = len(families), max(map(len, families.values()))
-            L = max(lengths[i] for family in families.values() for i in family)
-            ancestors = [path[family[0]] for family in families.values()]
-            far = max(map(len, ancestors))
-            rows = torch.zeros(P, S, L, dtype=torch.long)           # padding reads token 0, and nobody reads its output
-            shared = torch.zeros(P, far, dtype=torch.long)
-            hidden = torch.ones(P, far, dtype=torch.bool)
-            for p, family in enumerate(families.values()):
-                shared[p, :len(ancestors[p])] = torch.tensor(ancestors[p], dtype=torch.long)
-                hidden[p, :len(ancestors[p])] = False
-                for s, i in enumerate(family):
-                    rows[p, s, :lengths[i]] = torch.arange(slices[i].start, slices[i].stop)
-                    place[slices[i]] = range(offset + (p * S + s) * L, offset + (p * S + s) * L + lengths[i])
-            self.levels.append((rows.to(device), shared.to(device), hidden.to(device)))
-            offset += P * S * L
+            members = [i for i, n in enumerate(lengths) if (depth[i], n.bit_length()) == level]
+            R, L, far = len(members), max(lengths[i] for i in members), max(len(path[i]) for i in members)
+            keys = torch.zeros(R, far + L, dtype=torch.long)        # padding reads token 0, and nobody reads its output
+            unseen = torch.ones(L, far + L, dtype=torch.bool).triu(far + 1).repeat(R, 1, 1)
+            for r, i in enumerate(members):
+                keys[r, :len(path[i])] = torch.tensor(path[i], dtype=torch.long)
+                keys[r, far:far + lengths[i]] = torch.arange(slices[i].start, slices[i].stop)
+                unseen[r, :, len(path[i]):far] = True
+                place[slices[i]] = range(offset + r * L, offset + r * L + lengths[i])
+            if (unseen == unseen[:1]).all():
+                unseen = unseen[:1]
+            self.levels.append((keys.to(device), unseen.to(device)))
+            offset += R * L
         self.place = torch.tensor(place, device=device)
 
     def path(self, i):
@@ -263,66 +258,60 @@ class Layout:
         return before + list(range(self.slices[i].start, self.slices[i].stop))
 
     def attend(self, _, q, k, v):
-        outputs = []
-        for rows, shared, hidden in self.levels:
-            P, S, L = rows.shape
-            take = lambda x, index: x.index_select(0, index.flatten()).unflatten(0, index.shape)   # x[index], ten times faster backward
-            own = lambda x: take(x, rows).permute(0, 3, 1, 2, 4)                              # [P, kv_heads, S, L, head_dim]
-            future = torch.full((L, L), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-            prefix = None
-            if shared.shape[1]:
-                mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
-                prefix = take(k, shared).transpose(1, 2), take(v, shared).transpose(1, 2), mask[:, None, None, None]
-            arguments = take(q, rows), own(k), own(v), future.repeat(q.shape[1] // k.shape[1], 1), prefix
-            outputs.append(recomputed(attention, *arguments).flatten(0, 2))                   # its scores would be most of what is kept
+        """Each row reads the keys of all that stands before it anew: in training the arithmetic binds, not the reading, and one
+        product over all keys runs at twice the rate of two over parts."""
+        outputs = [recomputed(self.level, q, k, v, *level).flatten(0, 2) for level in self.levels]     # scores would be most of what is kept
         return torch.cat(outputs).index_select(0, self.place)                                 # [tokens, heads * head_dim]
+
+    def level(self, q, k, v, keys, unseen):
+        L, group = unseen.shape[1], q.shape[1] // k.shape[1]
+        take = lambda x, index: x.index_select(0, index.flatten()).unflatten(0, index.shape)  # x[index], ten times faster backward
+        mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -torch.inf).repeat(1, group, 1)
+        k, v = (take(x, keys).transpose(1, 2)[:, :, None] for x in (k, v))                    # [rows, kv_heads, 1, keys, head_dim]
+        return attention(take(q, keys[:, -L:])[:, None], k, v, mask[:, None, None])           # [rows, 1, L, heads * head_dim]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities without the logits of a whole batch
+# Log-probabilities
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) at one target per row, `chunk` rows at a time in both directions, so that
-    [rows, vocab] never exists: the backward pass computes each chunk's logits again. hidden [rows, hidden], weight
-    [vocab, hidden], targets [rows] -> log-probs [rows], entropies [rows] (nats, fp32; the entropies carry no gradient)."""
+    """log softmax(hidden @ weight.T / temperature) at one target per row. hidden [rows, hidden], weight [vocab, hidden], targets
+    [rows] -> log-probs [rows], entropies [rows] (nats, fp32; the entropies carry no gradient).
+
+    The logits of a micro-batch are kept in the weights' dtype until the backward pass turns them, in place, into their own gradient.
+    In fp32 they exist for `few` rows at a time: on a CPU as many as its cache holds."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
-        logprobs, entropies = [], []
-        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = F.linear(h, weight).float().div_(temperature)                            # [chunk, vocab]
-            total = logits.logsumexp(-1)
-            logprobs.append(logits.gather(1, t[:, None])[:, 0] - total)
-            p = (logits - total[:, None]).exp_()
-            entropies.append(total - p.mul_(logits).sum(-1))                                  # - sum p log p
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        entropies = torch.cat(entropies)
+    def forward(ctx, hidden, weight, targets, temperature, few):
+        logits = F.linear(hidden, weight)                                                     # [rows, vocab]
+        totals, entropies = [], []
+        for part in logits.split(few):
+            scaled = part.float() / temperature                                               # [few, vocab]
+            top = scaled.amax(-1, keepdim=True)
+            weights = scaled.sub_(top).exp()
+            total = weights.sum(-1)
+            totals.append(total.log() + top[:, 0])
+            entropies.append(total.log() - weights.mul_(scaled).sum(-1) / total)              # - sum p log p
+        totals, entropies = torch.cat(totals), torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, targets, logits, totals)
+        ctx.temperature, ctx.few = temperature, few
         ctx.mark_non_differentiable(entropies)
-        return torch.cat(logprobs), entropies
+        return logits.gather(1, targets[:, None])[:, 0].float() / temperature - totals, entropies
 
     @staticmethod
     def backward(ctx, grad, _):
         # d log p_t / d logits = (onehot(t) - softmax) / temperature
-        hidden, weight, targets = ctx.saved_tensors
-        grad, temperature, chunk = grad / ctx.temperature, ctx.temperature, ctx.chunk
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(hidden), 8 * chunk):      # adding to all of grad_weight costs: seldom
-            h = hidden[start:start + 8 * chunk]
-            d = h.new_empty(len(h), len(weight))                                              # [8 * chunk, vocab]
-            for i in range(0, len(h), chunk):
-                part = F.linear(h[i:i + chunk], weight).float().div_(temperature).softmax(-1)
-                g = grad[start + i:start + i + chunk, None]
-                d[i:i + chunk] = part.mul_(-g).scatter_add_(1, targets[start + i:start + i + chunk, None], g)
-            grad_hidden[start:start + len(h)] = d @ weight
-            grad_weight += d.T @ h
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        hidden, weight, targets, logits, totals = ctx.saved_tensors
+        for part, target, total, g in zip(*(x.split(ctx.few) for x in (logits, targets[:, None], totals[:, None], grad[:, None] / ctx.temperature))):
+            p = (part.float() / ctx.temperature).sub_(total).exp_()
+            part.copy_(p.mul_(-g).scatter_add_(1, target, g))
+        return logits @ weight, logits.T @ hidden, None, None, None
 
 
-def token_logprobs(model, hidden, targets, temperature=1.0, chunk=128):
+def token_logprobs(model, hidden, targets, temperature=1.0):
     """hidden [rows, hidden], targets [rows] -> log-probs [rows] at the sampling temperature, entropies [rows]."""
-    return TokenLogprobs.apply(hidden, model.output_weight(), targets, temperature, chunk)
+    return TokenLogprobs.apply(hidden, model.output_weight(), targets, temperature, 128 if hidden.is_cuda else 16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -507,7 +496,6 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 def load(name, device="cpu", dtype=None):
     """name: a Hub id, a Hugging Face directory, a .gguf file, or smollm2-135m -> (Transformer, Tokenizer). dtype: None for
     the checkpoint's own (float32 for GGUF). What would not run exactly is refused with a ValueError that says why."""
-    keep_freed_memory()
     path = smollm2() if name == "smollm2-135m" else Path(name)
     if not path.is_dir() and path.suffix != ".gguf":
         try:
@@ -531,7 +519,9 @@ def glibc(function, *arguments):
 
 def keep_freed_memory():
     """glibc returns what is freed at the end of its heap to the system, and the next block there is cleared page by page: a tenth
-    of a training step's time on a CPU. Told so, it keeps up to 0.5 GB of it, until return_freed_memory."""
+    of a training step's time on a CPU. Told so, it keeps up to 0.5 GB of it, until return_freed_memory. Larger blocks it always
+    returns, but PyTorch asks for those in pages of 2 MB where THP_MEM_ALLOC_ENABLE is set before its first allocation."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     glibc("mallopt", M_TRIM_THRESHOLD, 2 ** 29)
     glibc("mallopt", M_MMAP_THRESHOLD, 2 ** 25)     # what glibc would have come to by itself
@@ -539,6 +529,9 @@ def keep_freed_memory():
 
 def return_freed_memory():
     glibc("malloc_trim", 0)
+
+
+keep_freed_memory()
 
 
 def read_directory(directory):

@@ -542,7 +542,7 @@ class Block:
         source[p, s] = self.slot
         if len(prefix) < P:
             self.shared = [part and tuple(x[prefix] for x in part) for part in self.shared]
-        move = lambda x, value: F.pad(x[source // S, :, source % S].transpose(1, 2).flip(-2), (0, 0, room, 0), value=value).flip(-2)
+        move = lambda x, value: F.pad(x[source // S, :, source % S].transpose(1, 2), (0, 0, 0, room), value=value)
         for layer in self.own:                            # one after another: the old and the new of only one are held at a time
             layer[:] = [move(x, 0.0) for x in layer]
         self.mask = move(self.mask.transpose(-1, -2), -torch.inf).transpose(-1, -2)
