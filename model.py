@@ -196,19 +196,20 @@ def attention(q, k, v, mask, shared=None):
     P, S, L, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    q = q.view(P, S, L, kv_heads, group, head_dim).permute(0, 3, 1, 4, 2, 5) * head_dim ** -0.5
-    q = q.reshape(P, kv_heads, S, group * L, head_dim)
-    mask = mask.expand(*q.shape[:4], k.shape[3]).flatten(0, 2)
-    scores = torch.baddbmm(mask, q.flatten(0, 2), k.flatten(0, 2).transpose(1, 2)).view(*q.shape[:4], -1)     # [P, kv_heads, S, group * L, keys]
+    q = q.view(P, S, L, kv_heads, group, head_dim).permute(0, 3, 1, 4, 2, 5).reshape(P * kv_heads, S * group * L, head_dim)
+    product = functools.partial(torch.baddbmm, alpha=head_dim ** -0.5)                        # mask + q k^T / sqrt(head_dim)
+    mask = mask.expand(P, kv_heads, S, group * L, k.shape[3]).flatten(0, 2)
+    scores = product(mask, q.view(-1, group * L, head_dim), k.flatten(0, 2).transpose(1, 2))  # [P * kv_heads * S, group * L, keys]
     if shared is None:
-        out = scores.softmax(-1) @ v
+        out = scores.softmax(-1) @ v.flatten(0, 2)
     else:
         shared_k, shared_v, shared_mask = shared
-        far = q.flatten(2, 3) @ shared_k.transpose(-1, -2)                                    # [P, kv_heads, S * group * L, shared keys]
-        far = far.unflatten(2, (S, group * L)) + shared_mask
-        weights = torch.cat([far, scores], dim=-1).softmax(-1)
+        shared_mask = shared_mask.expand(P, kv_heads, 1, S * group * L, -1).flatten(0, 2)
+        far = product(shared_mask, q, shared_k.flatten(0, 1).transpose(1, 2))                 # [P * kv_heads, S * group * L, shared keys]
+        weights = torch.cat([far.view(*scores.shape[:2], -1), scores], dim=-1).softmax(-1)
         far, near = weights.split([far.shape[-1], scores.shape[-1]], dim=-1)
-        out = near @ v + (far.flatten(2, 3) @ shared_v).view(q.shape)
+        far = far.reshape(P * kv_heads, S * group * L, -1)
+        out = torch.baddbmm((near @ v.flatten(0, 2)).view(q.shape), far, shared_v.flatten(0, 1))
     out = out.view(P, kv_heads, S, group, L, head_dim).permute(0, 2, 4, 1, 3, 5)              # [P, S, L, kv_heads, group, head_dim]
     return out.reshape(P, S, L, heads * head_dim)
 

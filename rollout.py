@@ -559,10 +559,10 @@ class Block:
         P, _, S, _, _ = self.mask.shape
         for cache, x in zip(self.own[index], (k, v)):
             cache[self.place] = x
-        padded = q.new_zeros(P * S, *q.shape[1:])
-        padded[self.slot] = q
-        out = attention(padded.view(P, S, 1, *q.shape[1:]), *self.own[index], self.mask, self.shared[index])
-        return out.view(P * S, -1)[self.slot]
+        vacant = len(self.slot) < P * S
+        padded = q.new_zeros(P * S, *q.shape[1:]).index_copy_(0, self.slot, q) if vacant else q
+        out = attention(padded.view(P, S, 1, *q.shape[1:]), *self.own[index], self.mask, self.shared[index]).view(P * S, -1)
+        return out[self.slot] if vacant else out                                              # [live, heads * head_dim]
 
 
 class Sampler:

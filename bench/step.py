@@ -8,6 +8,7 @@ results/bench_step.jsonl.
 """
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--job", action="append", choices=list(JOBS))
     parser.add_argument("--systems", default="ours,trl")
+    parser.add_argument("--large-pages", action="store_true", help="PyTorch's large blocks in large pages for TRL too")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -105,7 +107,10 @@ def main():
     for task in options.job or JOBS:
         problems, group, limit = JOBS[task]
         for system in options.systems.split(","):
-            out = subprocess.run([sys.executable, __file__, "--steps", str(options.steps), "--child", system, task], capture_output=True, text=True)
+            # large pages are a trick of ours, which model.py would otherwise play for TRL too; --large-pages lets it
+            pages = {} if system == "ours" or options.large_pages else {"THP_MEM_ALLOC_ENABLE": "0"}
+            out = subprocess.run([sys.executable, __file__, "--steps", str(options.steps), "--child", system, task], capture_output=True, text=True,
+                                 env=os.environ | pages)
             if out.returncode:
                 print(f"{task:12} {system:6} failed with status {out.returncode}: {out.stderr.strip().splitlines()[-1]}")
                 continue
@@ -113,7 +118,8 @@ def main():
             print(f"{task:12} {problems} x {group} x {limit:4d}  {system:6} {row['seconds']:7.1f} s a step  {row['peak_gb']:5.1f} GB  mean length {row['length']:.0f}"
                   + "".join(f"  {name} {row[f'{name}_seconds']:.1f} s, {row[f'{name}_share_of_limit']:.0%} of the limit"
                             for name in ("sample", "train") if f"{name}_seconds" in row), flush=True)
-            record("bench_step.jsonl", task=task, problems=problems, group=group, new_tokens=limit, system=system, steps=options.steps, **row)
+            record("bench_step.jsonl", task=task, problems=problems, group=group, new_tokens=limit, system=system, steps=options.steps,
+                   large_pages=not pages, **row)
 
 
 if __name__ == "__main__":
