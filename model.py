@@ -2,8 +2,8 @@
 The slow weights: a decoder-only transformer (Llama 3, SmolLM2, Qwen2/2.5, Qwen3), its tokenizer, loading and saving.
 
 Everything that runs the model, sampling, scoring and training alike, goes through `Transformer.hidden`, which sees a flat
-list of tokens and leaves to an `attend` function which tokens may look at which. `attention` below is the only attention:
-rows that share a prefix (samples of one prompt, questions under one context) read the prefix's keys and values once.
+list of tokens and leaves to an `attend` function which tokens may look at which. A prefix that rows share (samples of one prompt,
+questions under one context) is run once, with gradient too. `attention` below is the only attention.
 """
 import contextlib
 import ctypes
@@ -155,7 +155,7 @@ def swiglu(gate_up):
 
 def rope_table(config: Config, positions, dtype):
     """Rotary position embedding (Su et al., arXiv 2104.09864): angle of pair i at position p is p * theta^(-2i / head_dim).
-    positions [tokens] -> cos, sin [tokens, 1, head_dim], the two halves of head_dim being the pairs' two members."""
+    positions [tokens] -> cos and (-sin, sin) [tokens, 1, head_dim], the two halves of head_dim being the pairs' two members."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     frequency = config.rope_theta ** -exponent                                                # [head_dim / 2]
     if config.rope_scaling:
@@ -167,14 +167,13 @@ def rope_table(config: Config, positions, dtype):
         keep = keep.clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
     angle = positions[:, None].float() * frequency                                            # [tokens, head_dim / 2]
-    angle = torch.cat([angle, angle], dim=-1)[:, None]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1)[:, None].to(dtype), torch.cat([-sin, sin], dim=-1)[:, None].to(dtype)
 
 
 def rotate(x, cos, sin):
     """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of x [tokens, heads, head_dim]."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)      # sin is (-sin, sin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

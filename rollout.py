@@ -562,7 +562,7 @@ class Block:
         vacant = len(self.slot) < P * S
         padded = q.new_zeros(P * S, *q.shape[1:]).index_copy_(0, self.slot, q) if vacant else q
         out = attention(padded.view(P, S, 1, *q.shape[1:]), *self.own[index], self.mask, self.shared[index]).view(P * S, -1)
-        return out[self.slot] if vacant else out                                              # [live, heads * head_dim]
+        return out.index_select(0, self.slot) if vacant else out                                           # [live, heads * head_dim]
 
 
 class Sampler:
