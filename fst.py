@@ -177,10 +177,11 @@ def plan(c, m, weights):
         held always     2 w N + 12 N                    the model and its base in w bytes a number; fp32 masters and two moments
         while sampling  slots (n R + (w + 8) V) + n K C    keys and values of R = question + answer tokens a row, and of K contexts of
                                                         C tokens, n = 2 w layers kv bytes each; logits, and two copies in fp32
-        while training  4 N + tokens (w layers (5 H + 5 (q + kv) + 2 I) + w V + w span (4 heads + 12 kv / answer)) + V (2 w H + 1536)
-                        gradients; what autograd keeps of a token in a layer: 5 vectors of the hidden size H, 5 of the queries'
-                        and of the keys' size, 2 of the MLP's; its logits; its attention scores over its span, and its row's keys
-                        and values there, of one layer at a time; the head's gradient, and 128 rows of logits in fp32
+        while training  4 N + tokens (w layers (4 H + 3 (q + kv) + 2 I) + w V + 4 w heads span) + V (2 w H + 12 * 128)
+                        gradients; what autograd keeps of a token in a layer: 4 vectors of the hidden size H, 3 of the queries'
+                        and of the keys' size, 2 of the MLP's; its logits, and its attention scores over its span, of one layer
+                        at a time, also where nothing is kept; the gradients of the head and the embedding, and 128 rows of
+                        logits in fp32
 
     On a CPU in bf16, sampling also holds the weights in oneDNN's layout, w N."""
     w, V, H = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size
@@ -188,10 +189,10 @@ def plan(c, m, weights):
     span = min(m.context, c.prompt_tokens + QUESTION + c.max_new_tokens)
     n = 2 * w * m.num_layers * kv
     row = n * (QUESTION + c.max_new_tokens) + (w + 8) * V
-    token = w * m.num_layers * (5 * H + 5 * (q + kv) + 2 * m.intermediate_size) + w * V
-    token += w * span * (4 * m.num_heads + 12 * kv // c.max_new_tokens)
+    kept = w * m.num_layers * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) * (c.method != "gepa")
+    token = kept + w * V + 4 * w * m.num_heads * span
     parts = {"weights": 2 * w * weights, "masters and moments": 12 * weights, "gradients": 4 * weights,
-             "head": V * (2 * w * H + 1536), "contexts": n * c.prompts * c.prompt_tokens,
+             "head": V * (2 * w * H + 12 * 128), "contexts": n * c.prompts * c.prompt_tokens,
              "packed": w * weights if c.device == "cpu" and w == 2 else 0}
     if c.method == "gepa":
         parts |= {"weights": w * weights, "masters and moments": 0, "gradients": 0, "head": 0}      # the model is its own base
@@ -203,7 +204,7 @@ def plan(c, m, weights):
         micro_batch = int(min(max(fit, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))
         fit = (room - parts["contexts"] - parts["packed"]) / row
         slots = int(min(max(fit, 1), slots))
-    parts |= {"KV cache": slots * row + parts.pop("contexts"), "activations": micro_batch * token * (c.method != "gepa")}
+    parts |= {"KV cache": slots * row + parts.pop("contexts"), "activations": micro_batch * token}
     sampling = parts["KV cache"] + parts["packed"]
     training = parts["gradients"] + parts["head"] + parts["activations"]
     parts |= {"sampling": always + sampling, "training": always + training, "in all": always + max(sampling, training)}

@@ -197,13 +197,13 @@ def attention(q, k, v, mask, shared=None):
     group = heads // kv_heads
     q = q.view(P, S, L, kv_heads, group, head_dim).permute(0, 3, 1, 4, 2, 5).reshape(P * kv_heads, S * group * L, head_dim)
     product = functools.partial(torch.baddbmm, alpha=head_dim ** -0.5)                        # mask + q k^T / sqrt(head_dim)
-    mask = mask.expand(P, kv_heads, S, group * L, k.shape[3]).flatten(0, 2)
+    mask = mask.expand(P, kv_heads, S, -1, -1).flatten(0, 2)
     scores = product(mask, q.view(-1, group * L, head_dim), k.flatten(0, 2).transpose(1, 2))  # [P * kv_heads * S, group * L, keys]
     if shared is None:
         out = scores.softmax(-1) @ v.flatten(0, 2)
     else:
         shared_k, shared_v, shared_mask = shared
-        shared_mask = shared_mask.expand(P, kv_heads, 1, S * group * L, -1).flatten(0, 2)
+        shared_mask = shared_mask.expand(P, kv_heads, 1, 1, -1).flatten(0, 2)                 # [P * kv_heads, 1, shared keys]
         far = product(shared_mask, q, shared_k.flatten(0, 1).transpose(1, 2))                 # [P * kv_heads, S * group * L, shared keys]
         weights = torch.cat([far.view(*scores.shape[:2], -1), scores], dim=-1).softmax(-1)
         far, near = weights.split([far.shape[-1], scores.shape[-1]], dim=-1)
@@ -236,20 +236,27 @@ class Layout:
         place = [0] * start                              # where in the levels' padded rows, one after another, a token lies
         lengths = [s.stop - s.start for s in slices]
         # Rows are padded to the longest of their class, and a class spans a factor of two.
-        for level in sorted({(depth[i], n.bit_length()) for i, n in enumerate(lengths)}):
-            members = [i for i, n in enumerate(lengths) if (depth[i], n.bit_length()) == level]
-            R, L, far = len(members), max(lengths[i] for i in members), max(len(path[i]) for i in members)
-            keys = torch.zeros(R, far + L, dtype=torch.long)        # padding reads token 0, and nobody reads its output
-            unseen = torch.ones(L, far + L, dtype=torch.bool).triu(far + 1).repeat(R, 1, 1)
-            for r, i in enumerate(members):
-                keys[r, :len(path[i])] = torch.tensor(path[i], dtype=torch.long)
-                keys[r, far:far + lengths[i]] = torch.arange(slices[i].start, slices[i].stop)
-                unseen[r, :, len(path[i]):far] = True
-                place[slices[i]] = range(offset + r * L, offset + r * L + lengths[i])
-            if (unseen == unseen[:1]).all():
-                unseen = unseen[:1]
-            self.levels.append((keys.to(device), unseen.to(device)))
-            offset += R * L
+        for kind in sorted({(depth[i], n.bit_length()) for i, n in enumerate(lengths)}):
+            families = {}                                # parent (roots: each its own) -> its segments of this class
+            for i, (_, parent) in enumerate(segments):
+                if (depth[i], lengths[i].bit_length()) == kind:
+                    families.setdefault(i if parent is None else parent, []).append(i)
+            P, S = len(families), max(map(len, families.values()))
+            L = max(lengths[i] for family in families.values() for i in family)
+            ancestors = [path[family[0]] for family in families.values()]
+            far = max(map(len, ancestors))
+            rows = torch.zeros(P, S, L, dtype=torch.long)           # padding reads token 0, and nobody reads its output
+            shared = torch.zeros(P, far, dtype=torch.long)
+            hidden = torch.ones(P, far, dtype=torch.bool)
+            for p, family in enumerate(families.values()):
+                shared[p, :len(ancestors[p])] = torch.tensor(ancestors[p], dtype=torch.long)
+                hidden[p, :len(ancestors[p])] = False
+                for s, i in enumerate(family):
+                    rows[p, s, :lengths[i]] = torch.arange(slices[i].start, slices[i].stop)
+                    place[slices[i]] = range(offset + (p * S + s) * L, offset + (p * S + s) * L + lengths[i])
+            hidden = hidden if hidden.any() else hidden[:1]         # one mask for all is copied for none
+            self.levels.append((rows.to(device), shared.to(device), hidden.to(device)))
+            offset += P * S * L
         self.place = torch.tensor(place, device=device)
 
     def path(self, i):
@@ -258,17 +265,23 @@ class Layout:
         return before + list(range(self.slices[i].start, self.slices[i].stop))
 
     def attend(self, _, q, k, v):
-        """Each row reads the keys of all that stands before it anew: in training the arithmetic binds, not the reading, and one
-        product over all keys runs at twice the rate of two over parts."""
-        outputs = [recomputed(self.level, q, k, v, *level).flatten(0, 2) for level in self.levels]     # scores would be most of what is kept
+        outputs = [recomputed(self.attend_level, q, k, v, *level).flatten(0, 2) for level in self.levels]     # scores would be most of what is kept
         return torch.cat(outputs).index_select(0, self.place)                                 # [tokens, heads * head_dim]
 
-    def level(self, q, k, v, keys, unseen):
-        L, group = unseen.shape[1], q.shape[1] // k.shape[1]
+    def attend_level(self, q, k, v, rows, shared, hidden):
+        """rows [P, S, L], shared and hidden [P, far] -> [P, S, L, heads * head_dim]. To a prefix not much longer than themselves rows get
+        copies of its keys: one product over all keys, or its gradient, is faster than two over parts."""
+        (S, L), far = rows.shape[1:], shared.shape[1]
         take = lambda x, index: x.index_select(0, index.flatten()).unflatten(0, index.shape)  # x[index], ten times faster backward
-        mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -torch.inf).repeat(1, group, 1)
-        k, v = (take(x, keys).transpose(1, 2)[:, :, None] for x in (k, v))                    # [rows, kv_heads, 1, keys, head_dim]
-        return attention(take(q, keys[:, -L:])[:, None], k, v, mask[:, None, None])           # [rows, 1, L, heads * head_dim]
+        own = lambda x, *before: torch.cat([*before, take(x, rows)], dim=2).permute(0, 3, 1, 2, 4)        # [P, kv_heads, S, L, head_dim]
+        prefix = lambda x: take(x, shared)                                                    # [P, far, kv_heads, head_dim]
+        mask = lambda unseen: torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
+        future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1).repeat(q.shape[1] // k.shape[1], 1)     # [group * L, L]
+        if far > 4 * L:
+            return attention(take(q, rows), own(k), own(v), mask(future), (prefix(k).transpose(1, 2), prefix(v).transpose(1, 2), mask(hidden)[:, None, None, None]))
+        unseen = torch.cat([hidden[:, None].expand(-1, len(future), -1), future.expand(len(hidden), -1, -1)], dim=-1)
+        k, v = (own(x, prefix(x)[:, None].expand(-1, S, -1, -1, -1)) for x in (k, v))         # [P, kv_heads, S, far + L, head_dim]
+        return attention(take(q, rows), k, v, mask(unseen)[:, None, None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +293,7 @@ class TokenLogprobs(torch.autograd.Function):
     [rows] -> log-probs [rows], entropies [rows] (nats, fp32; the entropies carry no gradient).
 
     The logits of a micro-batch are kept in the weights' dtype until the backward pass turns them, in place, into their own gradient.
-    In fp32 they exist for `few` rows at a time: on a CPU as many as its cache holds."""
+    In fp32 they exist for `few` rows at a time, on a CPU as many as its cache holds. It runs backward once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, few):
@@ -289,10 +302,10 @@ class TokenLogprobs(torch.autograd.Function):
         for part in logits.split(few):
             scaled = part.float() / temperature                                               # [few, vocab]
             top = scaled.amax(-1, keepdim=True)
-            weights = scaled.sub_(top).exp()
-            total = weights.sum(-1)
+            exponentials = scaled.sub_(top).exp()
+            total = exponentials.sum(-1)
             totals.append(total.log() + top[:, 0])
-            entropies.append(total.log() - weights.mul_(scaled).sum(-1) / total)              # - sum p log p
+            entropies.append(total.log() - exponentials.mul_(scaled).sum(-1) / total)         # - sum p log p
         totals, entropies = torch.cat(totals), torch.cat(entropies)
         ctx.save_for_backward(hidden, weight, targets, logits, totals)
         ctx.temperature, ctx.few = temperature, few
@@ -303,7 +316,8 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         # d log p_t / d logits = (onehot(t) - softmax) / temperature
         hidden, weight, targets, logits, totals = ctx.saved_tensors
-        for part, target, total, g in zip(*(x.split(ctx.few) for x in (logits, targets[:, None], totals[:, None], grad[:, None] / ctx.temperature))):
+        columns = targets[:, None], totals[:, None], grad[:, None] / ctx.temperature          # each [rows, 1]
+        for part, target, total, g in zip(*(x.split(ctx.few) for x in (logits, *columns))):
             p = (part.float() / ctx.temperature).sub_(total).exp_()
             part.copy_(p.mul_(-g).scatter_add_(1, target, g))
         return logits @ weight, logits.T @ hidden, None, None, None
@@ -531,7 +545,7 @@ def return_freed_memory():
     glibc("malloc_trim", 0)
 
 
-keep_freed_memory()
+keep_freed_memory()                                       # at import: PyTorch reads the variable once
 
 
 def read_directory(directory):

@@ -76,9 +76,9 @@ def with_transformers(theirs, tokenizer, prompts, limit, seed):
     return useful(out.sequences[:, width:].tolist(), tokenizer.stop_ids)
 
 
-def with_vllm(engine, tokenizer, prompts, limit, seed):
+def with_vllm(engine, tokenizer, prompts, limit, _):
     from vllm import SamplingParams
-    parameters = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=limit, logprobs=0, stop_token_ids=list(tokenizer.stop_ids))   # no seed: on a CPU it fails
+    parameters = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=limit, logprobs=0, stop_token_ids=list(tokenizer.stop_ids))   # its CPU build fails with a seed
     out = engine.generate([{"prompt_token_ids": list(p)} for p in prompts], [parameters] * len(prompts), use_tqdm=False)
     return sum(len(o.outputs[0].token_ids) for o in out)
 
