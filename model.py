@@ -271,16 +271,17 @@ class Layout:
     def attend_level(self, q, k, v, rows, shared, hidden):
         """rows [P, S, L], shared and hidden [P, far] -> [P, S, L, heads * head_dim]. To a prefix not much longer than themselves rows get
         copies of its keys: one product over all keys, or its gradient, is faster than two over parts."""
-        (S, L), far = rows.shape[1:], shared.shape[1]
+        (S, L), far, group = rows.shape[1:], shared.shape[1], q.shape[1] // k.shape[1]
         take = lambda x, index: x.index_select(0, index.flatten()).unflatten(0, index.shape)  # x[index], ten times faster backward
-        own = lambda x, *before: torch.cat([*before, take(x, rows)], dim=2).permute(0, 3, 1, 2, 4)        # [P, kv_heads, S, L, head_dim]
-        prefix = lambda x: take(x, shared)                                                    # [P, far, kv_heads, head_dim]
         mask = lambda unseen: torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
-        future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1).repeat(q.shape[1] // k.shape[1], 1)     # [group * L, L]
+        future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1).repeat(group, 1)                # [group * L, L]
         if far > 4 * L:
-            return attention(take(q, rows), own(k), own(v), mask(future), (prefix(k).transpose(1, 2), prefix(v).transpose(1, 2), mask(hidden)[:, None, None, None]))
-        unseen = torch.cat([hidden[:, None].expand(-1, len(future), -1), future.expand(len(hidden), -1, -1)], dim=-1)
-        k, v = (own(x, prefix(x)[:, None].expand(-1, S, -1, -1, -1)) for x in (k, v))         # [P, kv_heads, S, far + L, head_dim]
+            prefix = *(take(x, shared).transpose(1, 2) for x in (k, v)), mask(hidden)[:, None, None, None]
+            k, v = (take(x, rows).permute(0, 3, 1, 2, 4) for x in (k, v))                     # [P, kv_heads, S, L, head_dim]
+            return attention(take(q, rows), k, v, mask(future), prefix)
+        copies = lambda x: take(x, shared)[:, None].expand(-1, S, -1, -1, -1)                 # [P, S, far, kv_heads, head_dim]
+        k, v = (torch.cat([copies(x), take(x, rows)], dim=2).permute(0, 3, 1, 2, 4) for x in (k, v))
+        unseen = torch.cat([hidden[:, None].expand(-1, group * L, -1), future.expand(len(hidden), -1, -1)], dim=-1)
         return attention(take(q, rows), k, v, mask(unseen)[:, None, None])
 
 
