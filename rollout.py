@@ -495,7 +495,7 @@ class Block:
     def __init__(self, rows, prompts, paths, cache):
         """rows: ids, sorted by prompt; prompts, paths: of each row, its tokens and where they lie in the prefill's `cache`,
         a list of (k, v) [tokens, kv_heads, head_dim] per layer."""
-        runs = share(prompts)
+        runs = [(first, stop, prefix if stop - first > 1 else 0) for first, stop, prefix in share(prompts)]     # a lone row shares nothing
         device, dtype = cache[0][0].device, cache[0][0].dtype
         P, S = len(runs), max(stop - first for first, stop, _ in runs)
         far = max(prefix for _, _, prefix in runs)
