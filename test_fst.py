@@ -904,7 +904,8 @@ def test_star_has_one_path(level):
     ("4,9,23", "4 to 9", "4 to 17"), ("4,17,9", "17 to 9", "17 to 23"),
     ("5,17,23", "the start to 5", "the start to 4"), ("4,17", "17 to the end", "17 to 23"),
     ("4,17,23,4", "23 to 4", "23 to the end"), ("none", "the start to the end", "the start to 4"),
-    ("4,17," + "9" * 5000, "17 to " + "9" * 75, "17 to 23"),
+    ("4,17," + "9" * 5000, "17 to " + "9" * 80, "17 to 23"), ("4,17,23" + " " * 90 + "8", "23 to 8", "23 to the end"),
+    ("4,1\x007,23", "4 to 1", "4 to 17"),
 ])
 def test_star_feedback_names_the_first_wrong_edge(told, wrong, right):
     grade = get_task("star").grade(Problem("p", "?", "4,17,23", "Backwards\n#### 4,17,23"), f"#### {told}")
