@@ -5,8 +5,10 @@ weights, task, group, limit of an answer and number of optimizer steps, no KL te
 results/bench_step.jsonl.
 
     FST_DATA=... python bench/step.py                     8 x 8 x 128 on gsm8k, 8 x 16 x 40 on arithmetic, 8 x 12 x 32 under 300 tokens
+    FST_DATA=... python bench/step.py --growth            how our cost of training a sample depends on its prompt's length
 """
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -23,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
 from model import load, save                                              # noqa: E402
 from rollout import Context, get_task                                     # noqa: E402
-from sampler import distinct_tokens, least_seconds, limits, record, system_text       # noqa: E402
+from sampler import distinct_tokens, finish, least_seconds, limits, prompts_of, record, system_text           # noqa: E402
 
 # task, problems, group, new tokens, tokens of the prompt: 0 for the seed prompt's, else about as many as FST's worked examples take
 JOBS = {"gsm8k": ("gsm8k", 8, 8, 128, 0), "arithmetic": ("arithmetic", 8, 16, 40, 0), "context": ("arithmetic", 8, 12, 32, 300)}
@@ -96,8 +98,25 @@ def trl(task, problems, group, limit, long, steps):
     return {"seconds": min(seconds[1:]), "peak_gb": peak_gb(), "length": sum(lengths) / len(lengths)}
 
 
+def grow(samples, long, micro_batch, new=64):
+    """Seconds of a forward and backward pass over so many samples of one prompt: rows in results/bench_step_growth.jsonl."""
+    model, tokenizer = load("smollm2-135m", "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    [prompt] = prompts_of(tokenizer, get_task("gsm8k"), 1, 1, long)
+    rows, seconds = [(prompt, torch.arange(100 + i, 100 + i + new).tolist()) for i in range(samples)], []
+    for _ in range(2):
+        start = time.perf_counter()
+        for batch in fst.micro_batches(rows, micro_batch):
+            fst.score(model, [rows[i] for i in batch])[0].sum().backward()
+        finish(model.embedding.device)
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+    print(f"{samples:4d} samples of {new} tokens, prompt of {len(prompt):4d}: {min(seconds):6.2f} s, {1e3 * min(seconds) / samples:6.1f} ms a sample", flush=True)
+    record("bench_step_growth.jsonl", samples=samples, prompt=len(prompt), new_tokens=new, micro_batch=micro_batch, seconds=min(seconds))
+
+
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--job", action="append", choices=list(JOBS))
     parser.add_argument("--systems", default="ours,trl")
@@ -107,6 +126,10 @@ def main():
     if options.child:
         system, job = options.child
         print(json.dumps({"ours": ours, "trl": trl}[system](*JOBS[job], options.steps)))
+        return
+    if options.growth:
+        for samples, long in itertools.product((8, 32, 128), (0, 500, 1000, 2000)):
+            grow(samples, long, 4096)
         return
     for job in options.job or JOBS:
         task, problems, group, limit, long = JOBS[job]
