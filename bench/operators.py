@@ -59,7 +59,7 @@ def propose(search, operator, parent, count, width=4):
     rejected = [c for c in search.candidates[known:] if c.verdict == "rejected"]
     why = Counter(re.sub(r": \d+ tokens.*", "", c.reason) for c in rejected)
     why["nothing new, or too long"] = count - len(children) - len(rejected)
-    return children, dict(+why), [(c.context.system, c.reason or "a prompt") for c in rejected + children]
+    return children, dict(+why), [(c.context.system, c.reason or "a prompt") for c in children + rejected]
 
 
 def held_out(run, contexts, problems, seed):

@@ -4,7 +4,7 @@ Draws every figure of this folder anew from its rows, and writes its tables; num
     python results/figures.py                             (or another folder of the same layout)
 
 A group is one comparison, results/GROUP/METHOD-SEED/metrics.jsonl, or a single run, results/GROUP/metrics.jsonl. It gets curves.png and
-table.md. bench_growth.jsonl gets growth.png, bench_gepa.jsonl bench_gepa.md. Accuracies are shares of problems, 0 to 1; entropy and KL are in nats a token; seconds are
+table.md. bench_growth.jsonl gets growth.png, bench_gepa.jsonl bench_gepa.md, bench_operators.jsonl bench_operators.md. Accuracies are shares of problems, 0 to 1; entropy and KL are in nats a token; seconds are
 those of the two kinds of phase, without the evaluations'.
 """
 import math
@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot                                             # noqa: E402
 
-from tables import METHODS, evals, mean_curve, peers, read, runs_of, table                # noqa: E402
+from tables import METHODS, evals, mean_curve, peers, proposals, read, runs_of, table                # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,6 +81,9 @@ def main():
     if (results / "bench_gepa.jsonl").exists():
         peers(results / "bench_gepa.jsonl")
         print("bench_gepa")
+    if (results / "bench_operators.jsonl").exists():
+        proposals(results / "bench_operators.jsonl")
+        print("bench_operators")
 
 
 if __name__ == "__main__":
