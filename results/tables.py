@@ -279,12 +279,12 @@ def proposals(path):
             ranking.append(f"| {task} | {parent} | {'right' if key == 'right' else 'in form'} | {' | '.join(cells)} |")
     said = [f"- {operator}: " + ", ".join(f"{reason} {count}" for reason, count in counts.most_common()) + "." for operator, counts in why.items() if counts]
     quotes = [f"- {reason}: `{' '.join(text.replace('`', chr(39)).split())[:300]}`" for row in latest.values() for text, reason in row["replies"][:3]]
-    head = ("| task | parent | operator | seeds | proposals | cannot be a prompt | right, sampled | better than the parent | in form, sampled | better than the parent |",
+    head = ("| task | parent | operator | seeds | proposals | no new prompt | right, sampled | better than the parent | in form, sampled | better than the parent |",
             "| task | parent | share | drafts | two halves | random draft | likelihood | best of 3 | of 8 | anchors' reward | best of 3 | of 8 "
             "| number of examples | best of 3 | of 8 |")
     lines = [f"# {path.stem}", "", f"Written by `python results/figures.py` from `{path.name}`: held-out problems, one sampled answer to each. Mean (lowest..highest) "
              "over children, of all seeds; nothing has selected them. A parent's are its own repetitions: what chance alone does.", "", head[0], "|" + "---|" * 10, *yields,
-             "", "Why not a prompt:", "", *said, "", "## What ranking the drafts of worked examples is worth", "",
+             "", "Why no new prompt:", "", *said, "", "## What ranking the drafts of worked examples is worth", "",
              "Rank correlations (Spearman) with the held-out share: of one half of the problems with the other, where near 0 the drafts differ by chance alone; then of "
              "each ranking, each with the expected share of the first by it among 3 and among 8 random drafts. Mean (lowest..highest) over seeds.",
              "", head[1], "|" + "---|" * 15, *ranking]
