@@ -134,7 +134,8 @@ class Task:
         return same_answer(problem.answer, given, self.fold_case)
 
     def explain(self, problem, given):
-        return f"The answer '{given}' is wrong: the right answer is {problem.answer}."
+        """given: as the model wrote it; at most 80 characters of it are quoted back."""
+        return f"The answer '{given[:80]}' is wrong: the right answer is {problem.answer}."
 
     def grade(self, problem, text, stopped=True):
         """Reward 1 if the text after the last `####` is right. stopped=False: it was cut off at the length limit."""
@@ -143,8 +144,8 @@ class Task:
             feedback = f"The response has no final answer: it must end in a line '#### ' followed by {self.asked}."
         elif self.correct(problem, given):
             reward, feedback = 1.0, f"Correct: the answer is {problem.answer}."
-        else:       # quoted back without control characters: it may end up in a prompt or on a terminal
-            feedback = self.explain(problem, "".join(filter(str.isprintable, given))[:80])
+        else:       # without control characters: it may end up in a prompt or on a terminal
+            feedback = "".join(filter(str.isprintable, self.explain(problem, given)))
         if not stopped:
             feedback += " The response was cut off at the length limit: write less and stop after the #### line."
         if not reward and problem.solution:
@@ -239,7 +240,7 @@ class Star(Generated):
         path, told = ([*nodes, "the end"] for nodes in (problem.answer.split(","), re.findall(r"\d+", given)))
         right = len(os.path.commonprefix([path, told]))                 # so many nodes are right
         here = path[right - 1] if right else "the start"
-        return f"The first wrong edge is from {here} to {told[right]}: the right one is {here} to {path[right]}."
+        return f"The first wrong edge is from {here} to {told[right][:80]}: the right one is {here} to {path[right]}."
 
 
 class CodeIO(Generated):
@@ -495,7 +496,7 @@ class Block:
     def __init__(self, rows, prompts, paths, cache):
         """rows: ids, sorted by prompt; prompts, paths: of each row, its tokens and where they lie in the prefill's `cache`,
         a list of (k, v) [tokens, kv_heads, head_dim] per layer."""
-        runs = share(prompts)
+        runs = [(first, stop, prefix if stop - first > 1 else 0) for first, stop, prefix in share(prompts)]     # a lone row shares nothing
         device, dtype = cache[0][0].device, cache[0][0].dtype
         P, S = len(runs), max(stop - first for first, stop, _ in runs)
         far = max(prefix for _, _, prefix in runs)

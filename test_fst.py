@@ -904,7 +904,8 @@ def test_star_has_one_path(level):
     ("4,9,23", "4 to 9", "4 to 17"), ("4,17,9", "17 to 9", "17 to 23"),
     ("5,17,23", "the start to 5", "the start to 4"), ("4,17", "17 to the end", "17 to 23"),
     ("4,17,23,4", "23 to 4", "23 to the end"), ("none", "the start to the end", "the start to 4"),
-    ("4,17," + "9" * 5000, "17 to " + "9" * 75, "17 to 23"),
+    ("4,17," + "9" * 5000, "17 to " + "9" * 80, "17 to 23"), ("4,17,23" + " " * 90 + "8", "23 to 8", "23 to the end"),
+    ("4,1\x007,23", "4 to 1", "4 to 17"),
 ])
 def test_star_feedback_names_the_first_wrong_edge(told, wrong, right):
     grade = get_task("star").grade(Problem("p", "?", "4,17,23", "Backwards\n#### 4,17,23"), f"#### {told}")
@@ -2595,6 +2596,49 @@ def test_a_table_says_what_the_rows_say(tmp_path):
     assert f"| rl | {both} |" in lines
     assert "| fst | 0 | 2 | 150 (150..150) | 50.0% (50.0%..50.0%) | 0.0% (0.0%..0.0%) |" in lines
     assert "| fst | 6 | 2 | 152 (152..152) | 50.0% (50.0%..50.0%) | 20.0% (20.0%..20.0%) |" in lines
+
+
+def test_tasks_in_turn_in_a_table():
+    """Two tasks of six steps, evaluated every three: a's best is 0.8 before its end, b's 0.5 at its end."""
+    rows = [{"kind": "eval", "split": "val", "task": task, "step": step, "greedy": mean / 2, "mean": mean}
+            for task, step, mean in (("a", 0, 0.0), ("a", 3, 0.8), ("a", 6, 0.6), ("b", 9, 0.4), ("a", 12, 0.2), ("b", 12, 0.5))]
+    lines = tables.in_turn({"fst": {0: rows}}, ["a", "b"])
+    assert lines[-2:] == ["| fst | 1 | a | 30.0% / 60.0% [75%] | not yet |", "| fst | 1 | b | 10.0% / 20.0% [25%] | 25.0% / 50.0% [100%] |"]
+
+
+def test_groups_side_by_side(tmp_path):
+    """An ablation beside the group that it changes, of which only the methods that both have are shown."""
+    for group, method, mean in (("arithmetic-handwritten", "fst", 0.5), ("arithmetic-handwritten", "rl", 0.9), ("ablate-x", "fst", 0.25)):
+        evals = [{"kind": "eval", "split": split, "task": "t", "step": 3, "mean": mean, "greedy": mean, "seed_greedy": 0.125, "kl_base": 0.0} for split in ("val", "test")]
+        steps = [{"kind": "step", "sample_seconds": 1, "train_seconds": 1, "reward": i / 10} | ({"entropy": i} if i < 6 else {}) for i in range(1, 7)]
+        (tmp_path / group / f"{method}-0").mkdir(parents=True)
+        (tmp_path / group / f"{method}-0" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*steps, *evals]))
+    tables.side_by_side(tmp_path)
+    assert (tmp_path / "side_by_side.md").read_text().splitlines()[-2:] == [
+        "| arithmetic-handwritten | fst | 1 | 3: 50.0% | 50.0% | 50.0% | 12.5% | 5.00 | 0.55 |",
+        "| ablate-x | fst | 1 | 3: 25.0% | 25.0% | 25.0% | 12.5% | 5.00 | 0.55 |"]
+
+
+@pytest.mark.parametrize("change", ["per-prompt", "random-reward", "no-reuse"])
+def test_each_ablation_changes_what_it_says(change, monkeypatch):
+    """Advantages as of each prompt's own group; rewards of the same sum in another order; no scores kept of slow rollouts."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import ablate
+    monkeypatch.setattr(fst, "advantages", over_group := fst.advantages)
+    run, seen = SimpleNamespace(), []
+    run.contexts, run.config, run.steps_done = lambda task: ["one", "other"], SimpleNamespace(seed=0), lambda: 3
+    run.population, run.reinforce = SimpleNamespace(record=lambda *_: seen.append(1)), lambda rollouts, rewards: seen.append(rewards)
+    ablate.CHANGES[change](run)
+    rewards = torch.tensor([[1.0, 0, 0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1, 0]])
+    run.population.record([], 0)
+    run.reinforce([], rewards)
+    if change == "per-prompt":
+        slow = torch.cat([over_group(rewards[:, :4]), over_group(rewards[:, 4:])], dim=1)
+        assert fst.advantages(rewards).equal(slow) and not slow.equal(over_group(rewards)) and seen[1] is rewards
+    elif change == "random-reward":
+        assert seen[1].sum() == rewards.sum() and seen[1].shape == rewards.shape and not seen[1].equal(rewards)
+    else:
+        assert len(seen) == 1 and seen[0] is rewards
 
 
 def test_table_of_the_peers(tmp_path):

@@ -27,14 +27,15 @@ GENERATED = {"arithmetic", "star", "codeio"}
 running, stopping = set(), threading.Event()
 
 
-def one(name, method, seed, task, flags, environment):
+def one(name, method, seed, task, flags, change, environment):
     """One run to its end -> fst.py's exit status, or None where it was not started."""
     if stopping.is_set():
         return None
     label, start = f"{name}/{method}-{seed}", time.perf_counter()
     folder = Path("runs/compare", name, f"{method}-{seed}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "fst.py"), "--task", task, "--method", method, "--seed", str(seed), "--out", str(folder), *flags]
+    program = [ROOT / "bench" / "ablate.py", change] if change else [ROOT / "fst.py"]
+    command = [sys.executable, *map(str, program), "--task", task, "--method", method, "--seed", str(seed), "--out", str(folder), *flags]
     with open(folder.parent / f"{folder.name}.log", "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
         running.add(process)
@@ -66,6 +67,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=["fst", "rl", "gepa"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--name", help="of the folder of results; the task's name where not given")
+    parser.add_argument("--change", help="one of bench/ablate.py's")
     parser.add_argument("--threads", type=int, help="CPU threads of a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options, flags = parser.parse_known_args()
@@ -79,7 +81,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     with ThreadPoolExecutor(options.jobs) as pool:        # seed by seed, so that all methods have their first seed early
-        runs = [pool.submit(one, name, method, seed, options.task, flags, environment) for seed in options.seeds for method in options.methods]
+        runs = [pool.submit(one, name, method, seed, options.task, flags, options.change, environment) for seed in options.seeds for method in options.methods]
         statuses = [run.result() for run in runs]
     print(f"{statuses.count(0)} of {len(statuses)} runs are finished")
     return 0 if set(statuses) == {0} else 1

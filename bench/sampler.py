@@ -53,13 +53,18 @@ def record(file, **row):
         out.write(json.dumps(row) + "\n")
 
 
-def prompts_of(tokenizer, task, problems, samples, long):
-    """`problems` chat prompts, each `samples` times; long: fill the system text up to about that many tokens."""
-    questions = [p.question for p in task.problems("train")]
-    system = task.seed_prompt
+def system_text(tokenizer, task, long):
+    """The task's seed prompt, filled with questions until a chat has about `long` tokens."""
+    system, questions = task.seed_prompt, [p.question for p in task.problems("train")]
     while long and len(tokenizer.chat(Context(system).messages(questions[0]))) < long:
         system += "\nA question of an earlier day was: " + questions[-1 - len(system) % 1000]
-    return [tokenizer.chat(Context(system).messages(q)) for q in questions[:problems] for _ in range(samples)]
+    return system
+
+
+def prompts_of(tokenizer, task, problems, samples, long):
+    """`problems` chat prompts, each `samples` times."""
+    context = Context(system_text(tokenizer, task, long))
+    return [tokenizer.chat(context.messages(p.question)) for p in task.problems("train")[:problems] for _ in range(samples)]
 
 
 def ours(model, tokenizer, prompts, limit, seed, slots):
@@ -135,21 +140,21 @@ def least_seconds(model, limits, prompts, tokens, slots):
 
 
 def measure(function, repeats, device):
-    """Best of `repeats` after one warm-up: tokens a second."""
+    """Best of `repeats` after one warm-up, or, where there are none, the warm-up itself: tokens a second."""
     rates = []
     for seed in range(repeats + 1):
         start = time.perf_counter()
         tokens = function(seed)
         finish(device)
         rates.append((tokens / (time.perf_counter() - start), tokens))
-    return max(rates[1:])
+    return max(rates[1:] or rates)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2, help="after a warm-up; 0: the warm-up counts, for jobs of minutes")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--job", action="append", choices=list(JOBS))
     parser.add_argument("--peers", default="transformers,vllm", help="which peers to run beside ours, where they are installed")
@@ -198,7 +203,7 @@ def main():
             share = least_seconds(model, reach, prompts, tokens, options.slots) * rate / tokens
             print(f"{name:36} {system:14} {rate:8.0f} tok/s  ({tokens} tokens), {share:4.0%} of the limit", flush=True)
             record("bench_sampler.jsonl", job=name, system=system, tokens_per_second=rate, tokens=tokens, share_of_limit=share,
-                   flops=reach[0], bytes_per_second=reach[1], model=options.model, dtype="bfloat16")
+                   flops=reach[0], bytes_per_second=reach[1], model=options.model, dtype="bfloat16", repeats=options.repeats)
 
 
 def grow(model, tokenizer, task, options, reach, rows=64, long=0, limit=64):

@@ -4,9 +4,11 @@ weights, task, group, limit of an answer and number of optimizer steps, no KL te
 (the card's on CUDA) and, for ours, the share of the machine's limit that sampling and training reach; appends a row each to
 results/bench_step.jsonl.
 
-    FST_DATA=... python bench/step.py                     8 x 8 x 128 on gsm8k, 8 x 16 x 40 on arithmetic
+    FST_DATA=... python bench/step.py                     8 x 8 x 128 on gsm8k, 8 x 16 x 40 on arithmetic, 8 x 12 x 32 under 300 tokens
+    FST_DATA=... python bench/step.py --growth            how our cost of training a sample depends on its prompt's length
 """
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -23,18 +25,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
 from model import load, save                                              # noqa: E402
 from rollout import Context, get_task                                     # noqa: E402
-from sampler import distinct_tokens, least_seconds, limits, record        # noqa: E402
+from sampler import distinct_tokens, finish, least_seconds, limits, prompts_of, record, system_text           # noqa: E402
 
-JOBS = {"gsm8k": (8, 8, 128), "arithmetic": (8, 16, 40)}                  # problems, group, new tokens
+# task, problems, group, new tokens, tokens of the prompt: 0 for the seed prompt's, else about as many as FST's worked examples take
+JOBS = {"gsm8k": ("gsm8k", 8, 8, 128, 0), "arithmetic": ("arithmetic", 8, 16, 40, 0), "context": ("arithmetic", 8, 12, 32, 300)}
 
 
 def peak_gb():
     return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
 
 
-def ours(task, problems, group, limit, steps):
+def ours(task, problems, group, limit, long, steps):
     with tempfile.TemporaryDirectory() as out:
-        config, _ = fst.parse(["--task", task, "--method", "rl", "--model", "smollm2-135m", "--batch", str(problems), "--group", str(group),
+        seed_prompt = system_text(load("smollm2-135m")[1], get_task(task), long)
+        config, _ = fst.parse(["--task", task, "--seed-prompt", seed_prompt, "--method", "rl", "--model", "smollm2-135m", "--batch", str(problems), "--group", str(group),
                                "--max-new-tokens", str(limit), "--micro-batch", "2048", "--kl", "0", "--steps", str(steps + 1), "--out", out])
         resolved, lock = fst.open_run(config, False)
         run = fst.Run(resolved)
@@ -61,14 +65,16 @@ def ours(task, problems, group, limit, steps):
         return {"seconds": min(seconds[1:]), "peak_gb": peak, **parts, **shares, "length": row["length"], "flops": reach[0], "bytes_per_second": reach[1]}
 
 
-def trl(task, problems, group, limit, steps):
+def trl(task, problems, group, limit, long, steps):
     import transformers
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     folder = tempfile.mkdtemp()
-    save(folder, *load("smollm2-135m", dtype=torch.bfloat16))
+    model, tokenizer = load("smollm2-135m", dtype=torch.bfloat16)
+    save(folder, model, tokenizer)
     chosen = get_task(task)
-    prompts = [{"prompt": Context(chosen.seed_prompt).messages(p.question)} for p in chosen.problems("train")[:problems * (steps + 1)]]
+    context = Context(system_text(tokenizer, chosen, long))
+    prompts = [{"prompt": context.messages(p.question)} for p in chosen.problems("train")[:problems * (steps + 1)]]
     seconds, lengths = [], []
 
     def reward(completions, completion_ids, **_):
@@ -92,8 +98,25 @@ def trl(task, problems, group, limit, steps):
     return {"seconds": min(seconds[1:]), "peak_gb": peak_gb(), "length": sum(lengths) / len(lengths)}
 
 
+def grow(samples, long, micro_batch, new=64):
+    """Seconds of a forward and backward pass over so many samples of one prompt: rows in results/bench_step_growth.jsonl."""
+    model, tokenizer = load("smollm2-135m", "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    [prompt] = prompts_of(tokenizer, get_task("gsm8k"), 1, 1, long)
+    rows, seconds = [(prompt, torch.arange(100 + i, 100 + i + new).tolist()) for i in range(samples)], []
+    for _ in range(2):
+        start = time.perf_counter()
+        for batch in fst.micro_batches(rows, micro_batch):
+            fst.score(model, [rows[i] for i in batch])[0].sum().backward()
+        finish(model.embedding.device)
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+    print(f"{samples:4d} samples of {new} tokens, prompt of {len(prompt):4d}: {min(seconds):6.2f} s, {1e3 * min(seconds) / samples:6.1f} ms a sample", flush=True)
+    record("bench_step_growth.jsonl", samples=samples, prompt=len(prompt), new_tokens=new, micro_batch=micro_batch, seconds=min(seconds))
+
+
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--job", action="append", choices=list(JOBS))
     parser.add_argument("--systems", default="ours,trl")
@@ -101,25 +124,29 @@ def main():
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        system, task = options.child
-        print(json.dumps({"ours": ours, "trl": trl}[system](task, *JOBS[task], options.steps)))
+        system, job = options.child
+        print(json.dumps({"ours": ours, "trl": trl}[system](*JOBS[job], options.steps)))
         return
-    for task in options.job or JOBS:
-        problems, group, limit = JOBS[task]
+    if options.growth:
+        for samples, long in itertools.product((8, 32, 128), (0, 500, 1000, 2000)):
+            grow(samples, long, 4096)
+        return
+    for job in options.job or JOBS:
+        task, problems, group, limit, long = JOBS[job]
         for system in options.systems.split(","):
             # large pages are a trick of ours, which model.py would otherwise play for TRL too; --large-pages lets it
-            pages = {} if system == "ours" or options.large_pages else {"THP_MEM_ALLOC_ENABLE": "0"}
-            out = subprocess.run([sys.executable, __file__, "--steps", str(options.steps), "--child", system, task], capture_output=True, text=True,
-                                 env=os.environ | pages)
+            environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(system == "ours" or options.large_pages))}
+            out = subprocess.run([sys.executable, __file__, "--steps", str(options.steps), "--child", system, job], capture_output=True, text=True,
+                                 env=environment)
             if out.returncode:
-                print(f"{task:12} {system:6} failed with status {out.returncode}: {out.stderr.strip().splitlines()[-1]}")
+                print(f"{job:12} {system:6} failed with status {out.returncode}: {out.stderr.strip().splitlines()[-1]}")
                 continue
             row = json.loads(out.stdout.strip().splitlines()[-1])
-            print(f"{task:12} {problems} x {group} x {limit:4d}  {system:6} {row['seconds']:7.1f} s a step  {row['peak_gb']:5.1f} GB  mean length {row['length']:.0f}"
+            print(f"{job:12} {problems} x {group} x {limit:4d}  {system:6} {row['seconds']:7.1f} s a step  {row['peak_gb']:5.1f} GB  mean length {row['length']:.0f}"
                   + "".join(f"  {name} {row[f'{name}_seconds']:.1f} s, {row[f'{name}_share_of_limit']:.0%} of the limit"
                             for name in ("sample", "train") if f"{name}_seconds" in row), flush=True)
-            record("bench_step.jsonl", task=task, problems=problems, group=group, new_tokens=limit, system=system, steps=options.steps,
-                   large_pages=not pages, **row)
+            record("bench_step.jsonl", task=task, problems=problems, group=group, new_tokens=limit, prompt_tokens=long, system=system,
+                   steps=options.steps, large_pages=environment["THP_MEM_ALLOC_ENABLE"] == "1", **row)
 
 
 if __name__ == "__main__":

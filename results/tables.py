@@ -1,7 +1,8 @@
 """
 What figures.py draws from and writes beside the figures: a group's rows, and its table.md with {base, trained weights} x {seed, evolved
 prompt}, when each method reaches RL's best, the sigmoid's asymptotes, entropy and reward of the slow steps, the prompts' story, and what
-each operator's proposals came to. And bench_gepa.md from bench_gepa.jsonl, bench_operators.md from bench_operators.jsonl.
+each operator's proposals came to, and, of tasks in turn, what became of the earlier ones. Then side_by_side.md, a row per method of those
+groups that differ in one thing; bench_gepa.md from bench_gepa.jsonl, and bench_operators.md from bench_operators.jsonl.
 """
 import json
 import math
@@ -13,6 +14,7 @@ import numpy as np
 METHODS = ["fst", "rl", "gepa", "rl+gepa", "gepa+rl", "distill"]          # come first, in this order
 CELLS = {"base weights, seed prompt": "base_seed_", "base weights, evolved prompt": "base_", "trained weights, seed prompt": "seed_",
          "trained weights, evolved prompt": ""}
+FAMILIES = {"ablate": "arithmetic-handwritten", "plasticity": None}       # groups NAME-*, and what they are to be compared with
 POINTS = 5                # evaluations after the start, at least, for a sigmoid of three parameters
 
 
@@ -104,9 +106,12 @@ def spread(values, form):
     return f"{form(np.mean(values))}" + (f" ({form(min(values))}..{form(max(values))})" if len(values) > 1 else "")
 
 
+def percent(value):
+    return f"{100 * value:.1f}%"
+
+
 def which_channel(runs, task):
     """The 2x2 on the test problems, a row per method and way of decoding."""
-    percent = lambda value: f"{100 * value:.1f}%"
     lines = [f"| method | decoding | seeds | {' | '.join(CELLS)} |", "|" + "---|" * (3 + len(CELLS))]
     missing, sizes = [], set()
     for method, seeds in runs.items():
@@ -201,12 +206,61 @@ def operators(group):
             *["", "Why not a prompt: " + ", ".join(f"{reason.strip(' :')} {count}" for reason, count in why) + "."][:2 * bool(why)]] if found else []
 
 
+def in_turn(runs, tasks):
+    """Tasks in turn: accuracy on each at the end of each stage, under the best prompt of that moment, and which share it is of the task's
+    best at any evaluation. After its own stage a task is evaluated at the ends of the later ones alone."""
+    lines = ["", "## In turn", "", "Validation problems at the end of each task's stage, greedy / sampled: mean (lowest..highest) over seeds; in brackets the sampled share "
+             "of the task's best.", "", f"| method | seeds | after | {' | '.join(tasks)} |", "|" + "---|" * (3 + len(tasks))]
+    for method, seeds in runs.items():
+        for stage, name in enumerate(tasks):
+            cells = []
+            for task in tasks[:stage + 1]:
+                found = []
+                for rows in seeds.values():
+                    first, own = ([row for row in evals(rows) if row["task"] == each] for each in (tasks[0], task))
+                    ends = sorted({row["step"] for row in first})[-len(tasks):]
+                    found += [(row["greedy"], row["mean"], max(row["mean"] for row in own)) for row in own if row["step"] == ends[stage]]
+                greedy, sampled, best = zip(*found) if found else ((), (), ())
+                shares = [a / b for a, b in zip(sampled, best) if b]
+                cells.append(f"{spread(greedy, percent)} / {spread(sampled, percent)}" + f" [{spread(shares, '{:.0%}'.format)}]" * bool(shares) if found else "none")
+            lines.append(f"| {method} | {len(seeds)} | {name} | {' | '.join(cells + ['not yet'] * (len(tasks) - len(cells)))} |")
+    return lines
+
+
+def side_by_side(results):
+    """Groups that differ in one thing -> side_by_side.md: sampled accuracy on validation problems by slow step, then the test problems."""
+    lines = ["# Side by side", "", "Written by `python results/figures.py` from the rows of the groups named here: mean (lowest..highest) over seeds."]
+    for family, other in FAMILIES.items():
+        groups = sorted(results.glob(f"{family}-*"))
+        methods = {method for group in groups for method in runs_of(group)}
+        if groups and other:
+            groups.insert(0, results / other)
+        if groups:
+            lines += ["", f"## {family}", "", "| group | method | seeds | validation, sampled, by slow step | test, greedy | test, sampled | trained weights, seed prompt, "
+                      "test, greedy | entropy, last third of the steps | reward, last third |", "|" + "---|" * 9]
+        for group, method, seeds in [(group, *run) for group in groups for run in runs_of(group).items()]:
+            if method in methods:
+                by_step, tests, last = defaultdict(list), [], defaultdict(list)
+                for rows in seeds.values():
+                    for row in evals(rows):
+                        by_step[row["step"]].append(row["mean"])
+                    tests += evals(rows, "test")
+                    steps = [row for row in rows if row["kind"] == "step"]
+                    for key in ("entropy", "reward"):
+                        last[key].append(np.mean([row[key] for row in steps[-max(1, len(steps) // 3):] if key in row] or [math.nan]))
+                curve = ", ".join(f"{step}: {np.mean(values):.1%}" for step, values in sorted(by_step.items()))
+                ends = [spread([row[key] for row in tests], percent) if tests else "none" for key in ("greedy", "mean", "seed_greedy")]
+                lines.append(f"| {group.name} | {method} | {len(seeds)} | {curve} | {' | '.join(ends)} | {spread(last['entropy'], '{:.2f}'.format)} | "
+                             f"{spread(last['reward'], '{:.2f}'.format)} |")
+    (results / "side_by_side.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def table(group, runs):
-    tasks = dict.fromkeys(row["task"] for seeds in runs.values() for rows in seeds.values() for row in rows)
+    tasks = list(dict.fromkeys(row["task"] for seeds in runs.values() for rows in seeds.values() for row in rows))
     lines = [f"# {group.name}", "", "Written by `python results/figures.py` from the rows of this folder."]
     for task in tasks:
         lines += ["", f"## {task}", "", *which_channel(runs, task), "", *to_rl_best(runs, task), *slow_phase(runs, task), *story(runs, task)]
-    lines += operators(group)
+    lines += (in_turn(runs, tasks) if len(tasks) > 1 else []) + operators(group)
     (group / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -221,7 +275,7 @@ def peers(path):
              "if they were of different problems.", "",
              "| task, limit of an answer | system | seeds | rollouts | greedy | 95% | sampled | in form, greedy | in form, sampled | tokens of the prompt |", "|" + "---|" * 10]
     for (task, limit, system), rows in groups.items():
-        cells = {key: spread([row[key] for row in rows], lambda value: f"{100 * value:.1f}%") for key in keys}
+        cells = {key: spread([row[key] for row in rows], percent) for key in keys}
         n = sum(row["problems"] for row in rows)
         low, high = wilson(sum(row["greedy"] * row["problems"] for row in rows), n)
         lines.append(f"| {task}, {limit} | {system} | {len(rows)} | {spread([row['rollouts'] for row in rows], '{:.0f}'.format)} | {cells['greedy']} | {low:.1%} to {high:.1%} | "

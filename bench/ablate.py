@@ -1,0 +1,60 @@
+"""
+fst.py with one thing changed that is no flag of it: an ablation. All flags are fst.py's.
+
+  per-prompt      advantages within each prompt's rollouts, not over the whole group: what one prompt solves more often than another
+                  no longer counts
+  random-reward   the slow channel's rewards are coin flips of the same rate; the fast channel's are the task's
+  no-reuse        the rollouts of a slow step are never scores of the prompts
+
+    python bench/ablate.py per-prompt --task arithmetic --seed 1
+"""
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import fst                                                                # noqa: E402
+
+
+def per_prompt(run):
+    over_group = fst.advantages
+
+    def over_prompt(rewards):                             # [problems, group]; a prompt's rollouts of a problem are neighbours
+        return over_group(rewards.reshape(-1, rewards.shape[1] // len(run.contexts(0)))).view_as(rewards)
+
+    fst.advantages = over_prompt
+
+
+def random_reward(run):
+    reinforce = run.reinforce
+
+    def with_coins(rollouts, rewards):
+        order = random.Random(f"coins {run.config.seed} {run.steps_done()}").sample(range(rewards.numel()), rewards.numel())
+        return reinforce(rollouts, rewards.flatten()[order].view_as(rewards))
+
+    run.reinforce = with_coins
+
+
+def no_reuse(run):
+    run.population.record = lambda rollouts, step: None
+
+
+CHANGES = {"per-prompt": per_prompt, "random-reward": random_reward, "no-reuse": no_reuse}
+
+
+class Changed(fst.Run):
+    changed = False
+
+    def slow(self, task, step):
+        if not self.changed:                              # at the first slow step of this process: what was saved is read by then
+            CHANGES[change](self)
+        self.changed = True
+        return super().slow(task, step)
+
+
+if __name__ == "__main__":
+    change = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if change not in CHANGES:
+        sys.exit(f"usage: ablate.py {{{','.join(CHANGES)}}} and fst.py's flags")
+    fst.Run = Changed
+    sys.exit(fst.main())
