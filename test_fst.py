@@ -2656,6 +2656,46 @@ def test_table_of_the_peers(tmp_path):
     assert other.startswith("| t, 64 | ours | 1 | 240 | 70.0% | ")
 
 
+def test_rank_correlation_and_the_best_of_n():
+    """Against mean positions in a sorted list and numpy's correlation; against every subset, ties shared."""
+    assert tables.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert math.isnan(tables.spearman([1, 2, 3], [5, 5, 5]))
+    draw = random.Random(0)
+    for _ in range(20):
+        key, value = ([draw.randint(0, 6) for _ in range(9)] for _ in range(2))
+        rank = lambda v: [statistics.mean(i for i, x in enumerate(sorted(v)) if x == one) for one in v]
+        assert tables.spearman(key, value) == pytest.approx(np.corrcoef(rank(key), rank(value))[0, 1])
+        for n in (1, 3, 9):
+            tops = [[value[i] for i in drawn if key[i] == max(key[j] for j in drawn)] for drawn in itertools.combinations(range(9), n)]
+            assert tables.best_of(n, key, value) == pytest.approx(statistics.mean(map(statistics.mean, tops)))
+
+
+def test_table_of_the_operators_proposals(tmp_path):
+    """Shares, better ones and rank correlations worked out by hand; a measurement made again counts once; nothing asked leaves blanks."""
+    row = {"task": "t", "parent": "seed", "seed": 0, "tried": 10, "why": {}, "likelihood": [], "anchor_reward": [], "examples": [], "replies": []}
+    asked = lambda *texts: {"right": list(texts), "in_form": ["1111"] * len(texts)}
+    example = asked(*["0000"] * 4, *["0001"] * 2, *["0111"] * 2) | {"operator": "example", "why": {"nothing new": 2}}
+    rows = [row | example | {"tried": 8}, row | asked("0000", "0011") | {"operator": "parent", "tried": 2},
+            row | asked() | {"operator": "rewrite", "why": {"empty": 10}, "replies": [["so `be`\nit", "empty"]]},
+            row | example | {"likelihood": [-8, -7, -6, -5, -4, -3, -2, -1], "anchor_reward": [1, 1, 1, 1, 0, 0, 0, 0], "examples": [2] * 8}]
+    (tmp_path / "bench_operators.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables.proposals(tmp_path / "bench_operators.jsonl")
+    lines = (tmp_path / "bench_operators.md").read_text().splitlines()
+    assert "| t | seed | parent | 1 | 2 | 0% | 25.0% (0.0%..50.0%) |  | 100.0% (100.0%..100.0%) |  |" in lines
+    assert "| t | seed | rewrite | 1 | 10 | 100% |  |  |  |  |" in lines
+    # 2 of 8 are above the parent's 25%, none of the 100% is above 100%
+    assert "| t | seed | example | 1 | 10 | 20% | 25.0% (0.0%..75.0%) | 25% | 100.0% (100.0%..100.0%) | 0% |" in lines
+    # the two likeliest have 75%; of 3 the likeliest is one of them in 36 of 56 draws, of the next two in 16, else one of the last four
+    value, half = (36 * 0.75 + 16 * 0.25) / 56, tables.spearman([0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 2, 2])
+    against = (2.5, 2.5, 2.5, 2.5, 5.5, 5.5, 7.5, 7.5)
+    by_liking, by_reward = np.corrcoef(range(8), against)[0, 1], np.corrcoef([1] * 4 + [0] * 4, against)[0, 1]
+    lowest = 4 / 56 * 0.5                                 # by the anchors' reward: none of the first four among 3 in 4 of 56 draws
+    assert (f"| t | seed | right | 8 | {half:.2f} | 25.0% | {by_liking:.2f} | {value:.1%} | 75.0% | {by_reward:.2f} | {lowest:.1%} | 0.0% |  | 25.0% | 25.0% |"
+            in lines)
+    assert any(line.startswith("| t | seed | in form | 8 |  | 100.0% |  | 100.0% | 100.0% |") for line in lines)     # all equal: no ranks
+    assert "- rewrite: empty 10." in lines and "- example: nothing new 2." in lines and "- empty: `so 'be' it`" in lines
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompt evolution
 

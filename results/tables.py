@@ -2,7 +2,7 @@
 What figures.py draws from and writes beside the figures: a group's rows, and its table.md with {base, trained weights} x {seed, evolved
 prompt}, when each method reaches RL's best, the sigmoid's asymptotes, entropy and reward of the slow steps, the prompts' story, and what
 each operator's proposals came to, and, of tasks in turn, what became of the earlier ones. Then side_by_side.md, a row per method of those
-groups that differ in one thing; and bench_gepa.md from bench_gepa.jsonl.
+groups that differ in one thing; bench_gepa.md from bench_gepa.jsonl, and bench_operators.md from bench_operators.jsonl.
 """
 import json
 import math
@@ -280,6 +280,69 @@ def peers(path):
         low, high = wilson(sum(row["greedy"] * row["problems"] for row in rows), n)
         lines.append(f"| {task}, {limit} | {system} | {len(rows)} | {spread([row['rollouts'] for row in rows], '{:.0f}'.format)} | {cells['greedy']} | {low:.1%} to {high:.1%} | "
                      f"{cells['sampled']} | {cells['greedy_format']} | {cells['sampled_format']} | {spread([row['prompt_tokens'] for row in rows], '{:.0f}'.format)} |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def spearman(x, y):
+    """Correlation of the ranks of x and y [n], equal values at the mean of their ranks; nan where all of one are equal."""
+    ranks = [np.array([(np.less(v, one).sum() + np.less_equal(v, one).sum()) / 2 for one in v]) for v in (x, y)]      # [n], from 1/2
+    a, b = (r - r.mean() for r in ranks)
+    scale = math.sqrt((a @ a) * (b @ b))
+    return a @ b / scale if scale else math.nan
+
+
+def best_of(n, key, value):
+    """Expected value of whichever of n of them, drawn without replacement, has the highest key; of equal ones any. key, value [drafts].
+
+    In descending order of key the i-th (from 0) of N is the best of those drawn with probability C(N - 1 - i, n - 1) / C(N, n)."""
+    key, value, N = np.asarray(key), np.asarray(value, float), len(key)
+    fair = np.array([value[key == k].mean() for k in key])[np.argsort(-key, kind="stable")]              # [drafts]
+    return sum(math.comb(N - 1 - i, n - 1) * v for i, v in enumerate(fair)) / math.comb(N, n)
+
+
+def proposals(path):
+    """bench_operators.jsonl -> bench_operators.md: of the latest row of each task, seed, parent and operator, what the children came to, and what
+    ranking the drafts of worked examples is worth; seeds side by side."""
+    latest = {(row["task"], row["parent"], row["operator"], row["seed"]): row for row in read(path)}
+    percent, number = "{:.1%}".format, "{:.2f}".format
+    shares = lambda row, key, part=slice(None): np.array([text[part].count("1") / len(text[part]) for text in row[key]])          # [children]
+    cell = lambda values, form: spread(known, form) if (known := [value for value in values if not math.isnan(value)]) else ""
+    groups, yields, ranking, why = defaultdict(list), [], [], defaultdict(Counter)
+    for (task, parent, operator, seed), row in latest.items():
+        groups[task, parent, operator].append((row, latest[task, parent, "parent", seed]))
+        why[operator].update(row["why"])
+    for (task, parent, operator), rows in groups.items():
+        tried, asked = sum(row["tried"] for row, _ in rows), sum(len(row["right"]) for row, _ in rows)
+        cells = []
+        for key in ("right", "in_form"):
+            values = [(shares(row, key), shares(base, key).mean()) for row, base in rows if row[key]]
+            every = [share for children, _ in values for share in children]
+            better = sum((children > base).sum() for children, base in values)
+            cells += [cell(every, percent), f"{better / len(every):.0%}" if every and operator != "parent" else ""]
+        yields.append(f"| {task} | {parent} | {operator} | {len(rows)} | {tried} | {(tried - asked) / tried:.0%} | {' | '.join(cells)} |")
+        for key in ("right", "in_form") if operator == "example" else ():
+            known = [row for row, _ in rows if len(row[key]) >= 8]
+            if not known:
+                continue
+            halves = [spearman(shares(row, key, slice(0, None, 2)), shares(row, key, slice(1, None, 2))) for row in known]
+            cells = [f"{np.mean([len(row[key]) for row in known]):.0f}", cell(halves, number), cell([shares(row, key).mean() for row in known], percent)]
+            for by in ("likelihood", "anchor_reward", "examples"):
+                ranked = [row for row in known if row[by]]
+                cells += [cell([spearman(row[by], shares(row, key)) for row in ranked], number)]
+                cells += [cell([best_of(n, row[by], shares(row, key)) for row in ranked], percent) for n in (3, 8)]
+            ranking.append(f"| {task} | {parent} | {'right' if key == 'right' else 'in form'} | {' | '.join(cells)} |")
+    said = [f"- {operator}: " + ", ".join(f"{reason} {count}" for reason, count in counts.most_common()) + "." for operator, counts in why.items() if counts]
+    quotes = [f"- {reason}: `{' '.join(text.replace('`', chr(39)).split())[:300]}`" for row in latest.values() for text, reason in row["replies"][:3]]
+    head = ("| task | parent | operator | seeds | proposals | no new prompt | right, sampled | better than the parent | in form, sampled | better than the parent |",
+            "| task | parent | share | drafts | two halves | random draft | likelihood | best of 3 | of 8 | anchors' reward | best of 3 | of 8 "
+            "| number of examples | best of 3 | of 8 |")
+    lines = [f"# {path.stem}", "", f"Written by `python results/figures.py` from `{path.name}`: held-out problems, one sampled answer to each. Mean (lowest..highest) "
+             "over children, of all seeds; nothing has selected them. A parent's are its own repetitions: what chance alone does.", "", head[0], "|" + "---|" * 10, *yields,
+             "", "Why no new prompt:", "", *said, "", "## What ranking the drafts of worked examples is worth", "",
+             "Rank correlations (Spearman) with the held-out share: of one half of the problems with the other, where near 0 the drafts differ by chance alone; then of "
+             "each ranking, each with the expected share of the first by it among 3 and among 8 random drafts. Mean (lowest..highest) over seeds.",
+             "", head[1], "|" + "---|" * 15, *ranking]
+    lines += ["", "## What the model writes when asked for a better prompt", "", *quotes] * bool(quotes)
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
