@@ -493,12 +493,13 @@ class Search:
         return Context(with_lessons(instruction, lessons), context.examples)
 
     def example(self, context, barred):
-        """Some of the examples stay, others are added. None of a problem that is about to score it, or whose likelihood does."""
+        """Some of the examples stay, others are added, in most drafts as many as fit: for a small model their number counts more than which
+        they are. None of a problem that is about to score it, or whose likelihood does."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
         barred = barred | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
         pool = [problem_id for problem_id in self.solutions if problem_id not in barred]
-        added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 1, 2, 4, 8])))
+        added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 2, 4, 8, 16])))
         return self.fit(context.system, stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added])
 
     def merge(self, context, barred):
@@ -515,10 +516,11 @@ class Search:
         return merged
 
     def fit(self, system, examples):
-        """In random order, without as many of the examples as the token limit asks for."""
-        self.rng.shuffle(examples)
+        """In random order, without as many of the longest examples as the token limit asks for, so that many fit."""
+        examples = sorted(examples, key=lambda e: len(e.question) + len(e.answer))
         while examples and self.count(Context(system, tuple(examples))) > self.prompt_tokens:
             examples.pop()
+        self.rng.shuffle(examples)
         return Context(system, tuple(examples))
 
     # -- the end ---------------------------------------------------------------------------------------------------
