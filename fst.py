@@ -101,7 +101,7 @@ class Config:
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "self: the current weights reflect; base: the frozen starting weights", "paper: a frozen model")
     # evaluation and files
-    eval_every: int = setting(None, "slow steps between evaluations; 0: only the last", "ours: the cycle's length")
+    eval_every: int = setting(None, "slow steps between evaluations; 0: only those at the start, after a task and after a fast phase that no slow steps follow", "ours: the cycle's length")
     eval_problems: int = setting(None, "problems in an evaluation", "ours by device")
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
     save_every: int = setting(None, "slow steps between saved states", "ours: the cycle's length")
@@ -150,8 +150,9 @@ def resolve(config):
             raise ValueError(f"--{field.replace('_', '-')} must be above 0, not {getattr(c, field)}")
         if type(getattr(c, field)) is int and getattr(c, field) > MOST:
             raise ValueError(f"--{field.replace('_', '-')} must be at most {MOST:,}")
-    if c.micro_batch > MOST:
-        raise ValueError(f"--micro-batch must be at most {MOST:,}")
+    for field in ("micro_batch", "passes"):
+        if getattr(c, field) > MOST:
+            raise ValueError(f"--{field.replace('_', '-')} must be at most {MOST:,}")
     for field in ("temperature", "seed", "warmup", "kl", "passes", "eval_every", "micro_batch"):
         if not getattr(c, field) >= 0:
             raise ValueError(f"--{field.replace('_', '-')} must not be negative, and is {getattr(c, field)}")
@@ -425,6 +426,16 @@ class Run:
         self.data = hashlib.sha256(repr([task.splits for task in self.tasks]).encode()).hexdigest()
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
+        self.count = lambda context: len(self.tokenizer.chat(context.messages("")))                # tokens
+        question = max(len(self.tokenizer.encode(p.question)) for task in self.tasks for split in task.splits.values() for p in split)
+        longest = max(self.count(Context(task.seed_prompt)) for task in self.tasks)
+        context = self.model.config.context
+        if c.method != "rl" and longest + question + c.max_new_tokens > context:
+            raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} (--max-new-tokens) "
+                             f"do not fit the model's context of {context}")
+        if c.method != "rl" and c.reflection_tokens >= context:
+            raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} to reflect on")
+        self.prompt_tokens = min(c.prompt_tokens, context - c.max_new_tokens - question)
         self.base = self.model if c.method == "gepa" else copy.deepcopy(self.model).requires_grad_(False)
         self.learner = None if c.method == "gepa" else Learner(self.model, c.lr, c.warmup)
         # the micro-batch becomes smaller once memory ran out
@@ -451,7 +462,7 @@ class Run:
 
     def contexts(self, task):
         """Whom the slow phase asks with: the K prompts, as they are now, whatever task they were evolved on; in plain RL the seed prompt."""
-        return [Context(self.tasks[task].seed_prompt)] if self.config.method == "rl" else self.population.contexts[:self.config.prompts]
+        return [Context(self.tasks[task].seed_prompt)] if self.config.method == "rl" else self.population.contexts
 
     def slow(self, task, step):
         """One batch, one update: rollouts under every prompt, advantages over the group, CISPO, AdamW."""
@@ -495,7 +506,7 @@ class Run:
         rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in live]
         # The KL penalty is taken under one of the K prompts, drawn anew for each step, and counted K times: on average the same, and
         # the base model has one context to read, not K.
-        K = len(self.population.contexts[:c.prompts]) if c.kl else 1
+        K = len(self.population.contexts) if c.kl else 1
         drawn = random.Random(f"{c.seed} {self.steps_done()}").randrange(K)
         judged = [k for k, i in enumerate(live) if c.kl and i % c.group * K // c.group == drawn]
         reference = dict(zip(judged, score_all(self.base, [rows[k] for k in judged], c.temperature, self.micro_batch)))
@@ -605,21 +616,19 @@ class Run:
                      [*self.tokenizer.encode(text), self.tokenizer.turn_end]) for context, problem, text in answers]
             return [logprobs.mean().item() for logprobs in score_all(self.model, rows, 1.0, self.micro_batch)]
 
-        count = lambda context: len(self.tokenizer.chat(context.messages("")))
         weights = self.learner.updates if self.learner else 0
         everyone, spent = reflect.evolve(
-            self.population, anchors, ask_all, write, likelihood, count, budget=int(c.passes * len(anchors)), keep=c.prompts,
-            step=weights, seed=f"{c.seed} {task} {cycle}",
-            prompt_tokens=min(c.prompt_tokens, self.model.config.context - c.max_new_tokens - QUESTION))
+            self.population, anchors, ask_all, write, likelihood, self.count, budget=int(c.passes * len(anchors)), keep=c.prompts,
+            step=weights, seed=f"{c.seed} {task} {cycle}", prompt_tokens=self.prompt_tokens)
         self.spent["fast_rollouts"] += spent
         self.spent["fast_tokens"] += tokens
-        kept = self.population.candidates
+        kept, best = self.population.candidates, self.population.candidates[0].mean(weights)
         self.journal("prompts.jsonl", *[{"task": self.tasks[task].name, "cycle": cycle, "kept": x in kept, **x.to_json()}
                                         for x in everyone])
         return {"kind": "fast", "task": self.tasks[task].name, "cycle": cycle, "weights": weights, "candidates": len(everyone),
                 "accepted": sum(x.verdict == "accepted" for x in everyone), "rollouts_used": spent,
-                "best": kept[0].mean(weights), "kept": [x.id for x in kept], "prompt_tokens": [count(x.context) for x in kept],
-                **self.spent, "seconds": time.perf_counter() - start}
+                **({} if best is None else {"best": best}), "kept": [x.id for x in kept],
+                "prompt_tokens": [self.count(x.context) for x in kept], **self.spent, "seconds": time.perf_counter() - start}
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
@@ -777,7 +786,7 @@ class Run:
 
 def say(text):
     """To the terminal, above the progress bars, without control characters that a model may have written."""
-    tqdm.write("".join(ch for ch in text if ch.isprintable() or ch == "\n"))
+    tqdm.write(reflect.printable(text))
 
 
 def wilson(successes, n):
@@ -813,14 +822,14 @@ def table(row):
 
 
 def describe(row):
+    value = lambda key: row.get(key, math.nan)            # a batch without signal lacks some, as does a prompt that no anchor may score
     if row["kind"] == "step":
-        value = lambda key: row.get(key, math.nan)        # a batch without signal has none of these
         return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  "
                 f"length {row['length']:.0f}  entropy {value('entropy'):.2f}  KL base {value('kl_reference'):.4f}  "
                 f"|grad| {value('gradient_norm'):.2f}  lr {value('lr'):.1e}  "
                 f"{row['tokens_per_second']:.0f} tok/s  {row['sample_seconds']:.0f}+{row['train_seconds']:.0f} s")
     return (f"fast {row['cycle']:5d}  {row['candidates']} candidates, {row['accepted']} accepted, {row['rollouts_used']} rollouts; "
-            f"best prompt {row['best']:.1%} of the anchors, kept {row['kept']}  {row['seconds']:.0f} s")
+            f"best prompt {value('best'):.1%} of the anchors, kept {row['kept']}  {row['seconds']:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -846,8 +855,9 @@ def read_points(folder):
     with reading(Path(folder) / "metrics.jsonl"):
         rows = read_rows(Path(folder) / "metrics.jsonl")
         evals, steps = ([row for row in rows if row["kind"] == kind] for kind in ("eval", "step"))
-        pick = lambda rows, *keys: [{key: float(row[key]) for key in keys} for row in rows if keys[-1] in row]
-        return (pick([row for row in evals if row["split"] == "val"], "step", "rollouts", "kl_base", "seed_kl_base", "mean", "seed_mean"),
+        pick = lambda rows, *keys: [{key: float(row.get(key, math.nan)) for key in keys} for row in rows if keys[-1] in row]
+        keys = "step", "rollouts", "kl_base", "seed_kl_base", "mean", "seed_mean"
+        return ([pick([row for row in evals if row["split"] == "val" and row["task"] == task], *keys) for task in {row["task"]: 0 for row in evals}],
                 pick([row for row in evals if row["split"] == "test"], *GAINS),
                 pick(steps, "step", "reward"), pick(steps, "step", "entropy"))
 
@@ -865,7 +875,8 @@ def plot(folders, path):
         colour, name = f"C{i % 10}", Path(folder).name.replace("$", r"\$")
         for axis, *xs in ((by_step, "step", "step"), (by_rollouts, "rollouts", "rollouts"), (by_drift, "kl_base", "seed_kl_base")):
             for x, y, style, alpha, label in zip(xs, ("mean", "seed_mean"), ("o-", "o:"), (1, 0.5), (name, f"{name}, seed prompt")):
-                axis.plot([row[x] for row in evals], [row[y] for row in evals], style, color=colour, alpha=alpha, label=label)
+                for k, task in enumerate(evals):
+                    axis.plot([row[x] for row in task], [row[y] for row in task], style, color=colour, alpha=alpha, label=label if k == 0 else None)
         for axis, y, rows in ((reward, "reward", rewards), (entropy, "entropy", entropies)):
             axis.plot([row["step"] for row in rows], [row[y] for row in rows], color=colour)
         for row in tests:                                 # one per task

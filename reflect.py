@@ -213,10 +213,10 @@ def leaks(text, problems):
 
 def general_sentences(feedback):
     """feedback: problem id -> what the grader said of wrong answers to it, less the solution. The sentences that it said, word for
-    word, of two problems or more: those speak of the task, the others of one problem."""
+    word, of two problems or more: those speak of the task, the others of one problem; what holds a digit may speak of one, too."""
     said = Counter(sentence for texts in feedback.values() for sentence in
                    {s.strip() for text in texts for s in re.split(r"(?<=[.!?])\s+|\n", text)})
-    return sorted(s for s, count in said.items() if count > 1 and s.endswith((".", "!")) and len(s.split()) > 3)
+    return sorted(s for s, count in said.items() if count > 1 and s.endswith((".", "!")) and len(s.split()) > 3 and not re.search(r"\d", s))
 
 
 def lessons_of(system):
@@ -237,7 +237,7 @@ def readable(context):
 
 def reflection(context, rollouts):
     """The chat that asks for a better instruction."""
-    quote = lambda text, limit=1000: printable(text).replace("```", "'''").strip()[:limit]
+    quote = lambda text, limit=1000: MARKUP.sub("", printable(text)).replace("```", "'''").strip()[:limit]
     cases = "\n\n".join(f"Question: {quote(r.problem.question)}\nResponse: {quote(r.text)}\nFeedback: {quote(r.feedback)}" for r in rollouts)
     return [{"role": "system", "content": "You improve the instructions that a language model is given."},
             {"role": "user", "content": f"The current instruction:\n```\n{quote(context.system, None)}\n```\n\nHow the model did with it:\n\n{cases}\n\n"
@@ -312,8 +312,8 @@ class Search:
                 self.solutions[problem.id]["reference"] = Example(problem.question, problem.solution, problem.id)
                 told = told.replace(problem.solution, "")
             self.feedback[problem.id].append(told)
-        elif rollout.stopped and not MARKUP.search(rollout.text):
-            self.solutions[problem.id]["own"] = Example(problem.question, printable(rollout.text).strip(), problem.id)
+        elif rollout.stopped and not MARKUP.search(text := printable(rollout.text)):
+            self.solutions[problem.id]["own"] = Example(problem.question, text.strip(), problem.id)
 
     def measure(self, candidates, problems):
         """Asks what is not known yet."""
@@ -423,7 +423,8 @@ class Search:
 
     def add(self, context, parent, operator, verdict="failed", reason=""):
         """A new candidate; one that is not asked, or does not get past the gate, keeps its verdict."""
-        changes = [line for line in difflib.ndiff(readable(parent.context), readable(context)) if line[0] in "+-"]
+        diff = list(difflib.unified_diff(readable(parent.context), readable(context), n=0, lineterm=""))[2:]
+        changes = [f"{line[0]} {line[1:]}" for line in diff if line[0] in "+-"]
         parents = (parent.id, *self.mates.get(context, ()))
         child = Candidate(self.population.proposed, context, parents, operator, self.step, verdict, reason, changes, {self.step: {}})
         self.population.proposed += 1
@@ -493,12 +494,13 @@ class Search:
         return Context(with_lessons(instruction, lessons), context.examples)
 
     def example(self, context, barred):
-        """Some of the examples stay, others are added. None of a problem that is about to score it, or whose likelihood does."""
+        """Some of the examples stay, others are added, in most drafts as many as fit: for a small model their number counts more than which
+        they are. None of a problem that is about to score it, or whose likelihood does."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
         barred = barred | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
         pool = [problem_id for problem_id in self.solutions if problem_id not in barred]
-        added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 1, 2, 4, 8])))
+        added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 2, 4, 8, 16])))
         return self.fit(context.system, stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added])
 
     def merge(self, context, barred):
@@ -511,14 +513,15 @@ class Search:
         if not new and with_lessons(instruction, lessons) == context.system:
             return context
         merged = self.fit(with_lessons(instruction, lessons), [*context.examples, *new])
-        self.mates[merged] = (*self.mates.get(context, ()), other.id)
+        self.mates[merged] = (other.id,)
         return merged
 
     def fit(self, system, examples):
-        """In random order, without as many of the examples as the token limit asks for."""
-        self.rng.shuffle(examples)
+        """In random order, without as many of the longest examples as the token limit asks for, so that many fit."""
+        examples = sorted(examples, key=lambda e: len(e.question) + len(e.answer))
         while examples and self.count(Context(system, tuple(examples))) > self.prompt_tokens:
             examples.pop()
+        self.rng.shuffle(examples)
         return Context(system, tuple(examples))
 
     # -- the end ---------------------------------------------------------------------------------------------------

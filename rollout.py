@@ -82,7 +82,7 @@ def extract_answer(text):
     return tail.splitlines()[0].strip() or None if mark and tail else None
 
 
-NUMBER = re.compile(r"(?:[-−]\s?[$€£]?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
+NUMBER = re.compile(r"(?:[-−–]\s?[$€£]?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
                     r"(?:[eE][-+]?\d{1,8}(?!\w))?")       # 1,000 or 1000.5 or -.5 or -$3 or 1e3
 
 
@@ -92,9 +92,11 @@ def plain(text):
 
 def parse_number(text):
     """The one number that `text` states, as an exact Decimal, units and % passed over ("50%" is 50, as in GSM8K);
-    None for no number, several ("12 or 13"), or something left to compute ("3 + 4", "1/2"). "12 = 12" is one."""
+    None for no number, several ("12 or 13"), or something left to compute ("3 + 4", "1/2", "5²"). "12 = 12" is one."""
+    if re.search(r"\d\s?[²³¹⁰-⁹¼-¾⅐-⅞]|[√¼-¾⅐-⅞]\s?\d", text):       # but 12 m² is 12
+        return None
     sides = [NUMBER.findall(side) for side in text.split("=")]
-    values = {Decimal(re.sub(r"[,\s$€£]", "", number).replace("−", "-")) for side in sides for number in side}
+    values = {Decimal(re.sub(r"[,\s$€£]", "", number).translate({ord("−"): "-", ord("–"): "-"})) for side in sides for number in side}
     return values.pop() if len(values) == 1 and max(map(len, sides)) == 1 else None
 
 
@@ -134,8 +136,10 @@ class Task:
         return same_answer(problem.answer, given, self.fold_case)
 
     def explain(self, problem, given):
-        """given: as the model wrote it; at most 80 characters of it are quoted back."""
-        return f"The answer '{given[:80]}' is wrong: the right answer is {problem.answer}."
+        """given: as the model wrote it. What is quoted of it cannot end a sentence, from which a lesson could be taken."""
+        shown = " ".join("".join(c if c.isprintable() else "\ufffd" for c in given).split())
+        shown = re.sub(r"(?<=[.!?]) ", "", shown)[:80]
+        return f"The answer '{shown}' is wrong: the right answer is {problem.answer}."
 
     def grade(self, problem, text, stopped=True):
         """Reward 1 if the text after the last `####` is right. stopped=False: it was cut off at the length limit."""

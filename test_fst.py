@@ -700,6 +700,8 @@ def test_extract_answer_takes_the_rest_of_the_last_line_marked():
     ("18", "1" * 5000, False), ("1" * 100_000, "1" * 100_000, True), ("18", "9" * 1_000_000, False),
     ("18", "1e99999999", False), ("18", "1e999999999999", False), ("18", "- " * 50_000, False),
     ("18", "1," * 50_000, False), ("18", "." * 99_999, False),
+    # a dash is a sign, whichever it is; what stands beside a number may make it another
+    ("-5", "–5", True), ("5", "–5", False), ("2", "2½", False), ("5", "5²", False), ("3", "√3", False),
     # where the reference is not just a number, the text is compared
     ("Paris", "paris.", True), ("New York", "new  york", True), ("[1, 2]", "[1,2]", True),
     ("'abc'", "abc", True), ("1/2", "1/2", True), ("1/2", "1 / 2", True), ("1/2", "0.5", False),
@@ -898,6 +900,14 @@ def test_star_has_one_path(level):
         assert task.grade(problem, f"#### {problem.answer},{start}").reward == 0
         assert task.grade(problem, f"#### {','.join(problem.answer.split(',')[:-1])}").reward == 0
     assert abs(first_arm / 768 - 1 / arms) < 0.06               # where an edge stands in the list tells nothing
+
+
+@pytest.mark.parametrize("told, shown", [("1\x000", "1\ufffd0"), ("10" + " " * 90 + "or 12", "10 or 12"), ("No. I will not! Ask a book. ok", "No.I will not!Ask a book.ok")])
+def test_feedback_quotes_an_answer_so_that_it_says_what_is_wrong(told, shown):
+    """And never so that a part of it could be taken for a sentence of the grader's."""
+    feedback = get_task("arithmetic").grade(Problem("p", "?", "10"), f"#### {told}").feedback
+    assert feedback == f"The answer '{shown}' is wrong: the right answer is 10."
+    assert general_sentences({1: [feedback], 2: [feedback.replace("is 10", "is eleven")]}) == []
 
 
 @pytest.mark.parametrize("told, wrong, right", [
@@ -1526,6 +1536,29 @@ def tiny_run(tmp_path, monkeypatch):
         resolved, _ = fst.open_run(config, False)
         return fst.Run(resolved)
     return make
+
+
+@pytest.mark.parametrize("flag", ["--max-new-tokens", "--reflection-tokens"])
+def test_what_does_not_fit_the_context_is_refused_at_once(tiny_run, flag):
+    with pytest.raises(ValueError, match=f"{flag}.*context of"):
+        tiny_run("--method", "gepa", flag, 100_000)
+
+
+def test_the_longest_question_fits_under_the_longest_prompt(tiny_run):
+    run = tiny_run("--prompt-tokens", 100_000)
+    questions = [p.question for task in run.tasks for split in ("train", "val", "test") for p in task.problems(split)]
+    longest = max(len(run.tokenizer.encode(question)) for question in questions)
+    assert run.prompt_tokens + longest + 8 == run.model.config.context
+    assert tiny_run("--prompt-tokens", 50, out="short").prompt_tokens == 50
+
+
+def test_a_prompt_that_no_anchor_may_score(tiny_run):
+    """All of the cycle's problems are among its examples: it has no mean, and the run goes on."""
+    run = tiny_run("--prompts", 1)
+    everything = tuple(Example(p.question, "#### 1", p.id) for p in run.tasks[0].problems("train"))
+    run.population = Population([Context("", everything)])
+    row = run.fast(0, 0)
+    assert "best" not in row and row["kept"] == [0] and "best prompt nan%" in fst.describe(row)
 
 
 def sampled(run, seed=0):
@@ -2599,9 +2632,14 @@ def test_a_table_says_what_the_rows_say(tmp_path):
 
 
 def test_tasks_in_turn_in_a_table():
-    """Two tasks of six steps, evaluated every three: a's best is 0.8 before its end, b's 0.5 at its end."""
-    rows = [{"kind": "eval", "split": "val", "task": task, "step": step, "greedy": mean / 2, "mean": mean}
-            for task, step, mean in (("a", 0, 0.0), ("a", 3, 0.8), ("a", 6, 0.6), ("b", 9, 0.4), ("a", 12, 0.2), ("b", 12, 0.5))]
+    """Two tasks of six steps, evaluated every three, and b's prompts evolved after its steps: a's best is 0.8 before its end, b's 0.5 at
+    its end. A run that was cut within b says nothing of the time after it."""
+    rows = [{"kind": "eval", "split": "val", "task": task, "step": step, "greedy": mean / 2, "mean": mean} if mean is not None else {"kind": "fast", "task": task}
+            for task, step, mean in (("a", 0, 0.0), ("a", 3, None), ("a", 3, 0.8), ("a", 6, None), ("a", 6, 0.6), ("b", 9, None), ("b", 9, 0.4),
+                                     ("b", 12, None), ("b", 12, 0.1), ("b", 12, None), ("a", 12, 0.2), ("b", 12, 0.5))]
+    rows.append(rows[-1] | {"split": "test", "mean": 1.0})
+    cut = tables.in_turn({"fst": {0: rows[:5]}}, ["a", "b"])
+    assert cut[-2:] == ["| fst | 1 | a | 30.0% / 60.0% [75%] | not yet |", "| fst | 1 | b | none | none |"]
     lines = tables.in_turn({"fst": {0: rows}}, ["a", "b"])
     assert lines[-2:] == ["| fst | 1 | a | 30.0% / 60.0% [75%] | not yet |", "| fst | 1 | b | 10.0% / 20.0% [25%] | 25.0% / 50.0% [100%] |"]
 
@@ -2626,7 +2664,7 @@ def test_each_ablation_changes_what_it_says(change, monkeypatch):
     import ablate
     monkeypatch.setattr(fst, "advantages", over_group := fst.advantages)
     run, seen = SimpleNamespace(), []
-    run.contexts, run.config, run.steps_done = lambda task: ["one", "other"], SimpleNamespace(seed=0), lambda: 3
+    run.contexts, run.config, run.steps_done = lambda task: ["one", "other"], SimpleNamespace(seed=0, loss="cispo"), lambda: 3
     run.population, run.reinforce = SimpleNamespace(record=lambda *_: seen.append(1)), lambda rollouts, rewards: seen.append(rewards)
     ablate.CHANGES[change](run)
     rewards = torch.tensor([[1.0, 0, 0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1, 0]])
@@ -2913,6 +2951,7 @@ def test_lessons():
     feedback = {i: [f"It must end in a line '#### ' and the number. The answer {i} is wrong.\nA reference solution:\n"] for i in range(3)}
     assert general_sentences(feedback) == ["It must end in a line '#### ' and the number."]
     assert general_sentences({0: feedback[0] * 5}) == []                       # five times of one problem is still one problem
+    assert general_sentences({i: ["The first wrong edge is from 4 to 9."] for i in range(2)}) == []        # of two, but not of all
     for system in ("", "Be brief.", "Be brief.\n- Count twice.\n- End well.", "- Count twice."):
         assert with_lessons(*lessons_of(system)) == system
     assert lessons_of("Be brief.\n- Count twice.") == ("Be brief.", ["Count twice."])
@@ -3160,6 +3199,37 @@ def test_who_is_less_than_half_as_good_as_the_best_is_not_kept():
     for seed in range(6):
         population, _, _ = run(Model(base=0.0, example=0.1, quality=0), seed)
         assert len(population.contexts) == 4 and all(context.examples for context in population.contexts)      # not the bare seed
+
+
+def test_markup_that_a_model_writes_reaches_no_prompt():
+    """Neither a worked example, however it is hidden, nor the chat that the reflector reads."""
+    search = reflect.Search(Population([Context("")]), problems(3), None, None, None, count, 0, 0, 0, 0)
+    for text, taken in (("<|im_end|>\n#### 1", False), ("<\u200b|im_end|>\n#### 1", False), ("One.\n#### 1", True)):
+        rollout = Rollout(problems(3)[0], Context(""), (1,), [1], [0.0], text, True, 1.0, "Correct.")
+        search.solutions.clear()
+        search.record(search.candidates[0], rollout)
+        assert bool(search.solutions) == taken
+        assert not reflect.MARKUP.search(reflect.reflection(Context("<|im_start|>"), [rollout])[1]["content"])
+
+
+def test_a_merge_names_its_own_two_parents():
+    """Not those of an earlier merge, which its first parent was made by."""
+    contexts = [Context(f"Rules:\n- Rule {name}.") for name in ("one", "two", "three")]
+    search = reflect.Search(Population(contexts), problems(8), None, None, None, count, 0, 0, 0, 1024)
+    seed, first, second = search.candidates
+    search.contenders = [first]
+    parent = search.add(search.merge(seed.context, set()), seed, "merge")
+    search.contenders = [second]
+    child = search.add(search.merge(parent.context, set()), parent, "merge")
+    assert parent.parents == (0, 1) and child.parents == (parent.id, 2)
+
+
+def test_what_changed_is_told_of_hundreds_of_lines():
+    """In linear depth and in seconds: a prompt may come from a file, or from a model that ran on."""
+    search = reflect.Search(Population([Context("\n".join(f"rule {i:03}: x" for i in range(400)) + "\n" * 500 + "-- b")]), problems(3), None, None, None, count, 0, 0, 0, 0)
+    start = time.perf_counter()
+    child = search.add(Context("\n".join(f"rule {i:03}: {'y' if i == 7 else 'x'}" for i in range(400)) + "\n" * 500 + "++ b"), search.candidates[0], "rewrite")
+    assert child.changes == ["- rule 007: x", "+ rule 007: y", "- -- b", "+ ++ b"] and time.perf_counter() - start < 5
 
 
 def test_show_tells_the_tree_without_control_characters():

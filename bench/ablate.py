@@ -3,7 +3,8 @@ fst.py with one thing changed that is no flag of it: an ablation. All flags are 
 
   per-prompt      advantages within each prompt's rollouts, not over the whole group: what one prompt solves more often than another
                   no longer counts
-  random-reward   the slow channel's rewards are coin flips of the same rate; the fast channel's are the task's
+  random-reward   the slow channel's rewards change places with each other at random (the logged reward and share of flat groups are of the
+                  true ones); the fast channel's are the task's
   no-reuse        the rollouts of a slow step are never scores of the prompts
 
     python bench/ablate.py per-prompt --task arithmetic --seed 1
@@ -17,6 +18,8 @@ import fst                                                                # noqa
 
 
 def per_prompt(run):
+    if run.config.loss == "dr_grpo":
+        raise ValueError("per-prompt changes nothing of --loss dr_grpo, which does not use these advantages")
     over_group = fst.advantages
 
     def over_prompt(rewards):                             # [problems, group]; a prompt's rollouts of a problem are neighbours

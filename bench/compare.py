@@ -8,6 +8,7 @@ unless --name gives another.
     python bench/compare.py arithmetic --methods fst rl gepa --seeds 0 1 2 --steps 24 --eval-every 2
 """
 import argparse
+import filecmp
 import json
 import os
 import shutil
@@ -45,9 +46,11 @@ def one(name, method, seed, task, flags, change, environment):
     if status == 0:
         kept = ROOT / "results" / name / folder.name
         kept.mkdir(parents=True, exist_ok=True)
-        for file in ("config.json", "metrics.jsonl", *["prompts.jsonl"] * (set(task.split(",")) <= GENERATED)):
-            shutil.copyfile(folder / file, kept / file)
-        (kept / "made.json").write_text(json.dumps(provenance(environment.get("OMP_NUM_THREADS"))) + "\n")
+        files = "config.json", "metrics.jsonl", *["prompts.jsonl"] * (set(task.split(",")) <= GENERATED)
+        if not all((kept / file).exists() and filecmp.cmp(folder / file, kept / file, shallow=False) for file in files):
+            for file in files:                            # of what is here already the command that made it stays
+                shutil.copyfile(folder / file, kept / file)
+            (kept / "made.json").write_text(json.dumps(provenance(environment.get("OMP_NUM_THREADS"))) + "\n")
     what = "finished" if status == 0 else f"ended with status {status}, not copied"
     print(f"{label}: {what} after {time.perf_counter() - start:.0f} s", flush=True)
     return status
@@ -66,7 +69,7 @@ def main():
     parser.add_argument("task")
     parser.add_argument("--methods", nargs="+", default=["fst", "rl", "gepa"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--name", help="of the folder of results; the task's name where not given")
+    parser.add_argument("--name", help="of the folder of results; the task's name, and the change's, where not given")
     parser.add_argument("--change", help="one of bench/ablate.py's")
     parser.add_argument("--threads", type=int, help="CPU threads of a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -76,7 +79,7 @@ def main():
             parser.error(f"{flag} is this command's own to give")
     if sys.argv[1] != options.task:
         parser.error("the task comes first")
-    name = options.name or options.task.replace(":", "-").replace("/", "-").replace(",", "+")
+    name = options.name or (options.task + f"-{options.change}" * bool(options.change)).replace(":", "-").replace("/", "-").replace(",", "+")
     environment = os.environ | ({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {})
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

@@ -210,7 +210,7 @@ def grow(model, tokenizer, task, options, reach, rows=64, long=0, limit=64):
     """Rows that never stop, so that the work is what the numbers say."""
     prompts = prompts_of(tokenizer, task, 1, rows, long)
     endless = type("Endless", (), {"stop_ids": (-1,)})
-    rate, tokens = measure(lambda seed: ours(model, endless, prompts, limit, seed, max(rows, 1)), options.repeats, model.embedding.device)
+    rate, tokens = measure(lambda seed: ours(model, endless, prompts, limit, seed, rows), options.repeats, model.embedding.device)
     share = least_seconds(model, reach, prompts, tokens, rows) * rate / tokens
     print(f"rows {rows:4d}  prompt {len(prompts[0]):5d}  new tokens {limit:4d}: {rate:7.0f} tok/s, {tokens / rate:7.2f} s, "
           f"{share:4.0%} of the limit", flush=True)

@@ -48,21 +48,22 @@ def ours(task, problems, group, limit, long, steps):
             last[:] = rollouts
             return reinforce(rollouts, (torch.arange(group) < group // 2).float().expand(problems, -1))
 
-        run.reinforce, seconds = all_groups, []
+        run.reinforce, done = all_groups, []
         for step in range(steps + 1):
             start = time.perf_counter()
             row = run.slow(0, step)
-            seconds.append(time.perf_counter() - start)
+            done.append((time.perf_counter() - start, row, last[:]))
         lock.close()
+        seconds, row, last = min(done[1:], key=lambda step: step[0])                     # the first warms up
         peak, reach = peak_gb(), limits(run.model)                                       # the limits' measurement takes memory itself
         prompts, tokens = [r.prompt for r in last], sum(len(r.tokens) for r in last)
         layers, head = sum(p.numel() for p in run.model.layers.parameters()), run.model.output_weight().numel()
         least = {"sample": least_seconds(run.model, reach, prompts, tokens, run.slots),
                  # forward and backward: 6 FLOP for each weight and token, the head's for the answers only
                  "train": 6 * (layers * (distinct_tokens(prompts) + tokens) + head * tokens) / reach[0]}
-        parts = {f"{name}_seconds": row[f"{name}_seconds"] for name in least}             # of the last step
+        parts = {f"{name}_seconds": row[f"{name}_seconds"] for name in least}
         shares = {f"{name}_share_of_limit": least[name] / row[f"{name}_seconds"] for name in least}
-        return {"seconds": min(seconds[1:]), "peak_gb": peak, **parts, **shares, "length": row["length"], "flops": reach[0], "bytes_per_second": reach[1]}
+        return {"seconds": seconds, "peak_gb": peak, **parts, **shares, "length": row["length"], "flops": reach[0], "bytes_per_second": reach[1]}
 
 
 def trl(task, problems, group, limit, long, steps):

@@ -8,6 +8,7 @@ table.md; groups that differ in one thing come side by side in side_by_side.md. 
 bench_operators.jsonl bench_operators.md. Accuracies are shares of problems, 0 to 1; entropy and KL are in nats a token; seconds are
 those of the two kinds of phase, without the evaluations'.
 """
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ from tables import METHODS, evals, mean_curve, peers, proposals, read, runs_of, 
 
 
 def curves(group, runs):
-    """results/GROUP/curves.png: single seeds thin, their mean thick, one colour per method."""
+    """results/GROUP/curves.png: single seeds thin, their mean thick, one colour per method, one style per task."""
+    tasks = list(dict.fromkeys(row["task"] for seeds in runs.values() for rows in seeds.values() for row in rows))
     xs = {"step": "slow steps", "rollouts": "rollouts of both channels", "clock": "seconds of both channels", "kl_base": "KL to the base, nats a token"}
     ys = {"mean": "accuracy, sampled", "greedy": "accuracy, greedy"}
     panels = [(evals, x, y, xs[x], ys[y]) for y in ys for x in xs]
@@ -34,15 +36,16 @@ def curves(group, runs):
                (("reward", "reward of the training rollouts"), ("entropy", "entropy, nats a token"), ("length", "tokens of an answer"))]
     figure, axes = pyplot.subplots(3, 4, figsize=(19, 12), layout="constrained")
     for axis, (pick, x, y, xlabel, ylabel) in zip(axes.flat, panels):
-        for i, (method, seeds) in enumerate(runs.items()):
+        for (i, (method, seeds)), (k, task) in itertools.product(enumerate(runs.items()), enumerate(tasks)):
             colour = f"C{METHODS.index(method)}" if method in METHODS else f"C{len(METHODS) + i % 4}"
-            lines = [[(row[x], row.get(y, math.nan)) for row in pick(rows) if x in row] for rows in seeds.values()]
+            lines = [[(row[x], row.get(y, math.nan)) for row in pick(rows) if x in row and row["task"] == task] for rows in seeds.values()]
             lines = [line for line in lines if line]
             for line in lines:
                 axis.plot(*zip(*line), color=colour, alpha=0.35, linewidth=0.8)
             if lines:
                 mean, full = mean_curve(lines)
-                axis.plot(*mean.T, "o-" if pick is evals else "-", color=colour, markersize=4, label=f"{method}, mean of {full} of {len(lines)} seeds")
+                axis.plot(*mean.T, "o" * (pick is evals) + ("-", "--", ":")[k % 3], color=colour, markersize=4,
+                          label=method + f" on {task}" * (len(tasks) > 1) + f", mean of {full} of {len(lines)} seeds")
         axis.set(xlabel=xlabel, ylabel=ylabel, **({"ylim": (0, 1)} if ylabel.startswith(("accuracy", "reward")) else {}))
         axis.grid(alpha=0.3)
     if axes[0, 0].lines:

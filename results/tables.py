@@ -4,6 +4,7 @@ prompt}, when each method reaches RL's best, the sigmoid's asymptotes, entropy a
 each operator's proposals came to, and, of tasks in turn, what became of the earlier ones. Then side_by_side.md, a row per method of those
 groups that differ in one thing; bench_gepa.md from bench_gepa.jsonl, and bench_operators.md from bench_operators.jsonl.
 """
+import itertools
 import json
 import math
 import re
@@ -183,7 +184,7 @@ def story(runs, task):
             for row in rows:
                 now = row.get("step", now)
                 if row["kind"] == "fast" and row["task"] == task:
-                    at[now].append((np.mean(row["prompt_tokens"]), row["best"], seed_prompt.get(now)))
+                    at[now].append((np.mean(row["prompt_tokens"]), row.get("best", math.nan), seed_prompt.get(now)))
         for step, cells in sorted(at.items()):
             tokens, best, seed_prompt = zip(*cells)
             known = [value for value in seed_prompt if value is not None]
@@ -208,7 +209,7 @@ def operators(group):
 
 def in_turn(runs, tasks):
     """Tasks in turn: accuracy on each at the end of each stage, under the best prompt of that moment, and which share it is of the task's
-    best at any evaluation. After its own stage a task is evaluated at the ends of the later ones alone."""
+    best at any evaluation. A stage ends with the evaluations that follow its last phase."""
     lines = ["", "## In turn", "", "Validation problems at the end of each task's stage, greedy / sampled: mean (lowest..highest) over seeds; in brackets the sampled share "
              "of the task's best.", "", f"| method | seeds | after | {' | '.join(tasks)} |", "|" + "---|" * (3 + len(tasks))]
     for method, seeds in runs.items():
@@ -217,9 +218,10 @@ def in_turn(runs, tasks):
             for task in tasks[:stage + 1]:
                 found = []
                 for rows in seeds.values():
-                    first, own = ([row for row in evals(rows) if row["task"] == each] for each in (tasks[0], task))
-                    ends = sorted({row["step"] for row in first})[-len(tasks):]
-                    found += [(row["greedy"], row["mean"], max(row["mean"] for row in own)) for row in own if row["step"] == ends[stage]]
+                    phases = [i for i, row in enumerate(rows) if row["kind"] != "eval" and row["task"] == name]
+                    after = itertools.takewhile(lambda row: row["kind"] == "eval" and row["split"] == "val", rows[phases[-1] + 1:] if phases else [])
+                    best = max((row["mean"] for row in evals(rows) if row["task"] == task), default=0)
+                    found += [(row["greedy"], row["mean"], best) for row in after if row["task"] == task]
                 greedy, sampled, best = zip(*found) if found else ((), (), ())
                 shares = [a / b for a, b in zip(sampled, best) if b]
                 cells.append(f"{spread(greedy, percent)} / {spread(sampled, percent)}" + f" [{spread(shares, '{:.0%}'.format)}]" * bool(shares) if found else "none")
@@ -228,7 +230,8 @@ def in_turn(runs, tasks):
 
 
 def side_by_side(results):
-    """Groups that differ in one thing -> side_by_side.md: sampled accuracy on validation problems by slow step, then the test problems."""
+    """Groups of one task that differ in one thing -> side_by_side.md: sampled accuracy on validation problems by slow step (of several
+    evaluations at a step the last), then the test problems."""
     lines = ["# Side by side", "", "Written by `python results/figures.py` from the rows of the groups named here: mean (lowest..highest) over seeds."]
     for family, other in FAMILIES.items():
         groups = sorted(results.glob(f"{family}-*"))
@@ -242,8 +245,8 @@ def side_by_side(results):
             if method in methods:
                 by_step, tests, last = defaultdict(list), [], defaultdict(list)
                 for rows in seeds.values():
-                    for row in evals(rows):
-                        by_step[row["step"]].append(row["mean"])
+                    for step, mean in {row["step"]: row["mean"] for row in evals(rows)}.items():
+                        by_step[step].append(mean)
                     tests += evals(rows, "test")
                     steps = [row for row in rows if row["kind"] == "step"]
                     for key in ("entropy", "reward"):
