@@ -2634,14 +2634,16 @@ def test_a_table_says_what_the_rows_say(tmp_path):
 def test_tasks_in_turn_in_a_table():
     """Two tasks of six steps, evaluated every three, and b's prompts evolved after its steps: a's best is 0.8 before its end, b's 0.5 at
     its end. A run that was cut within b says nothing of the time after it."""
-    rows = [{"kind": "eval", "split": "val", "task": task, "step": step, "greedy": mean / 2, "mean": mean} if mean is not None else {"kind": "fast", "task": task}
+    rows = [{"kind": "eval", "split": "val", "task": task, "step": step, "greedy": mean / 2, "mean": mean, "seed_greedy": 0.0, "seed_mean": mean / 4}
+            if mean is not None else {"kind": "fast", "task": task}
             for task, step, mean in (("a", 0, 0.0), ("a", 3, None), ("a", 3, 0.8), ("a", 6, None), ("a", 6, 0.6), ("b", 9, None), ("b", 9, 0.4),
                                      ("b", 12, None), ("b", 12, 0.1), ("b", 12, None), ("a", 12, 0.2), ("b", 12, 0.5))]
     rows.append(rows[-1] | {"split": "test", "mean": 1.0})
     cut = tables.in_turn({"fst": {0: rows[:5]}}, ["a", "b"])
-    assert cut[-2:] == ["| fst | 1 | a | 30.0% / 60.0% [75%] | not yet |", "| fst | 1 | b | none | none |"]
+    assert cut[-4:-2] == ["| fst | best | 1 | a | 30.0% / 60.0% [75%] | not yet |", "| fst | best | 1 | b | none | none |"]
     lines = tables.in_turn({"fst": {0: rows}}, ["a", "b"])
-    assert lines[-2:] == ["| fst | 1 | a | 30.0% / 60.0% [75%] | not yet |", "| fst | 1 | b | 10.0% / 20.0% [25%] | 25.0% / 50.0% [100%] |"]
+    assert lines[-4:-2] == ["| fst | best | 1 | a | 30.0% / 60.0% [75%] | not yet |", "| fst | best | 1 | b | 10.0% / 20.0% [25%] | 25.0% / 50.0% [100%] |"]
+    assert lines[-1] == "| fst | seed | 1 | b | 0.0% / 5.0% [25%] | 0.0% / 12.5% [100%] |"
 
 
 def test_groups_side_by_side(tmp_path):

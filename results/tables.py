@@ -208,24 +208,25 @@ def operators(group):
 
 
 def in_turn(runs, tasks):
-    """Tasks in turn: accuracy on each at the end of each stage, under the best prompt of that moment, and which share it is of the task's
-    best at any evaluation. A stage ends with the evaluations that follow its last phase."""
+    """Tasks in turn: accuracy on each at the end of each stage, under the best prompt of that moment and, the weights' own, under the seed
+    prompt, and which share it is of the task's best at any evaluation. A stage ends with the evaluations that follow its last phase."""
     lines = ["", "## In turn", "", "Validation problems at the end of each task's stage, greedy / sampled: mean (lowest..highest) over seeds; in brackets the sampled share "
-             "of the task's best.", "", f"| method | seeds | after | {' | '.join(tasks)} |", "|" + "---|" * (3 + len(tasks))]
+             "of the task's best.", "", f"| method | prompt | seeds | after | {' | '.join(tasks)} |", "|" + "---|" * (4 + len(tasks))]
     for method, seeds in runs.items():
-        for stage, name in enumerate(tasks):
+        for prefix, (stage, name) in itertools.product(("", "seed_"), enumerate(tasks)):
             cells = []
             for task in tasks[:stage + 1]:
                 found = []
                 for rows in seeds.values():
                     phases = [i for i, row in enumerate(rows) if row["kind"] != "eval" and row["task"] == name]
                     after = itertools.takewhile(lambda row: row["kind"] == "eval" and row["split"] == "val", rows[phases[-1] + 1:] if phases else [])
-                    best = max((row["mean"] for row in evals(rows) if row["task"] == task), default=0)
-                    found += [(row["greedy"], row["mean"], best) for row in after if row["task"] == task]
+                    best = max((row[f"{prefix}mean"] for row in evals(rows) if row["task"] == task), default=0)
+                    found += [(row[f"{prefix}greedy"], row[f"{prefix}mean"], best) for row in after if row["task"] == task]
                 greedy, sampled, best = zip(*found) if found else ((), (), ())
                 shares = [a / b for a, b in zip(sampled, best) if b]
-                cells.append(f"{spread(greedy, percent)} / {spread(sampled, percent)}" + f" [{spread(shares, '{:.0%}'.format)}]" * bool(shares) if found else "none")
-            lines.append(f"| {method} | {len(seeds)} | {name} | {' | '.join(cells + ['not yet'] * (len(tasks) - len(cells)))} |")
+                share = f" [{spread(shares, '{:.0%}'.format)}]" if shares else ""
+                cells.append(f"{spread(greedy, percent)} / {spread(sampled, percent)}{share}" if found else "none")
+            lines.append(f"| {method} | {'seed' if prefix else 'best'} | {len(seeds)} | {name} | {' | '.join(cells + ['not yet'] * (len(tasks) - len(cells)))} |")
     return lines
 
 
