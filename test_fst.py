@@ -3190,6 +3190,22 @@ def test_examples_are_solutions_that_were_told_or_verified():
     assert all(count(c.context) <= 60 for c in everyone) and any(c.context.examples for c in everyone)
 
 
+def test_drafts_fill_the_limit_with_the_shorter_examples():
+    """Of what is drawn the longest leave until it fits: the slow form adds the shortest while they fit. From a bare prompt 2 of 5 drafts are full."""
+    search = reflect.Search(Population([Context("")]), problems(48), None, None, None, count, 0, 0, 0, 200)
+    search.probes, pool = [], [Example(p.question, "word " * (1 + i), p.id) for i, p in enumerate(problems(48))]
+    search.solutions = {e.problem_id: {"reference": e} for e in pool}
+    for _ in range(50):
+        drawn, kept = search.rng.sample(pool, search.rng.randint(0, 20)), []
+        for e in sorted(drawn, key=lambda e: len(e.answer)):
+            if count(Context("Be brief.", (*kept, e))) > 200:
+                break
+            kept.append(e)
+        assert set(search.fit("Be brief.", drawn).examples) == set(kept)
+    drafts = [search.example(Context(""), set()) for _ in range(400)]
+    assert 0.33 < sum(count(d) > 200 - 49 - 20 for d in drafts) / 400 < 0.6 and max(map(count, drafts)) <= 200
+
+
 def test_no_two_kept_prompts_differ_only_in_order():
     for seed in range(6):
         population, _, _ = run(Model(base=0.3, quality=0), seed)
