@@ -2655,8 +2655,8 @@ def test_groups_side_by_side(tmp_path):
         (tmp_path / group / f"{method}-0" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*steps, *evals]))
     tables.side_by_side(tmp_path)
     assert (tmp_path / "side_by_side.md").read_text().splitlines()[-2:] == [
-        "| arithmetic-handwritten | fst | 1 | 3: 50.0% | 50.0% | 50.0% | 12.5% | 5.00 | 0.55 |",
-        "| ablate-x | fst | 1 | 3: 25.0% | 25.0% | 25.0% | 12.5% | 5.00 | 0.55 |"]
+        "| arithmetic-handwritten | t | fst | 1 | 3: 50.0% | 50.0% | 50.0% | 12.5% | 5.00 | 0.55 |",
+        "| ablate-x | t | fst | 1 | 3: 25.0% | 25.0% | 25.0% | 12.5% | 5.00 | 0.55 |"]
 
 
 @pytest.mark.parametrize("change", ["per-prompt", "random-reward", "no-reuse"])

@@ -240,8 +240,8 @@ def side_by_side(results):
         if groups and other:
             groups.insert(0, results / other)
         if groups:
-            lines += ["", f"## {family}", "", "| group | method | seeds | validation, sampled, by slow step | test, greedy | test, sampled | trained weights, seed prompt, "
-                      "test, greedy | entropy, last third of the steps | reward, last third |", "|" + "---|" * 9]
+            lines += ["", f"## {family}", "", "| group | task | method | seeds | validation, sampled, by slow step | test, greedy | test, sampled | trained weights, seed prompt, "
+                      "test, greedy | entropy, last third of the steps | reward, last third |", "|" + "---|" * 10]
         for group, method, seeds in [(group, *run) for group in groups for run in runs_of(group).items()]:
             if method in methods:
                 by_step, tests, last = defaultdict(list), [], defaultdict(list)
@@ -254,7 +254,8 @@ def side_by_side(results):
                         last[key].append(np.mean([row[key] for row in steps[-max(1, len(steps) // 3):] if key in row] or [math.nan]))
                 curve = ", ".join(f"{step}: {np.mean(values):.1%}" for step, values in sorted(by_step.items()))
                 ends = [spread([row[key] for row in tests], percent) if tests else "none" for key in ("greedy", "mean", "seed_greedy")]
-                lines.append(f"| {group.name} | {method} | {len(seeds)} | {curve} | {' | '.join(ends)} | {spread(last['entropy'], '{:.2f}'.format)} | "
+                tasks = " ".join(dict.fromkeys(row["task"] for rows in seeds.values() for row in evals(rows)))
+                lines.append(f"| {group.name} | {tasks} | {method} | {len(seeds)} | {curve} | {' | '.join(ends)} | {spread(last['entropy'], '{:.2f}'.format)} | "
                              f"{spread(last['reward'], '{:.2f}'.format)} |")
     (results / "side_by_side.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
