@@ -36,8 +36,9 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fst
 import model
@@ -1536,6 +1537,109 @@ def tiny_run(tmp_path, monkeypatch):
         resolved, _ = fst.open_run(config, False)
         return fst.Run(resolved)
     return make
+
+
+class CardTensor(torch.Tensor):
+    """A tensor of the device "card", which there is none of: a tensor of the CPU in its clothes."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
+                                                   dtype=inner.dtype, device="card:0")
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, _, arguments=(), options=None):
+        return Card.compute(function, arguments, options or {})
+
+
+class Card(TorchDispatchMode):
+    """The device "card": it computes on the CPU, refuses what CUDA would, tensors of two devices in one operation, and counts how
+    often the CPU waits for it."""
+    waits = 0
+
+    def __torch_dispatch__(self, function, _, arguments=(), options=None):
+        return self.compute(function, arguments, options or {})
+
+    @classmethod
+    def compute(cls, function, arguments, options):
+        name, device = function.overloadpacket.__name__, options.get("device")
+        tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, torch.Tensor)]
+        ours = {id(x.inner): x for x in tensors if isinstance(x, CardTensor)}
+        if ours and name not in ("copy_", "_to_copy"):
+            assert all(isinstance(x, CardTensor) or x.dim() == 0 for x in tensors), f"{name} mixes devices"
+        by_mask = name.startswith("index") and any(getattr(x, "dtype", None) == torch.bool for x in tree_leaves(arguments[1:2]))
+        back = name == "_to_copy" and device is not None and device.type == "cpu"
+        cls.waits += bool(ours) and (by_mask or back or name in ("_local_scalar_dense", "nonzero", "equal", "masked_select"))
+        if device is not None:
+            options = options | {"device": torch.device("cpu")}
+        inside = lambda x: x.inner if isinstance(x, CardTensor) else x
+        out = function(*tree_map(inside, arguments), **tree_map(inside, options))
+        if name == "copy_":
+            return arguments[0]
+        wrap = lambda x: ours[id(x)] if id(x) in ours else CardTensor(x) if isinstance(x, torch.Tensor) else x       # in place: the same
+        return tree_map(wrap, out) if (ours if device is None else device.type == "card") else out
+
+
+class CardConstructors(TorchFunctionMode):
+    """What makes or reads a tensor without being an operation of PyTorch's."""
+
+    def __torch_function__(self, function, _, arguments=(), options=None):
+        options = options or {}
+        if function is torch.tensor and torch.device(options.get("device") or "cpu").type == "card":
+            return torch.tensor(*arguments, **options | {"device": None}).to("card:0")
+        if arguments and isinstance(arguments[0], CardTensor):
+            if function is torch.Tensor.tolist:
+                return arguments[0].cpu().tolist()
+            if function is torch.Tensor.__getitem__ and isinstance(arguments[1], list):
+                return arguments[0][torch.tensor(arguments[1]).to("card:0")]
+        return function(*arguments, **options)
+
+
+def go_on_the_card(folder, other):
+    """The run of `folder`, from its configuration, on the card into the folder `other`; stopped and resumed on the way."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+    _setup_privateuseone_for_python_backend("card")
+    torch.card.get_amp_supported_dtype, torch.card.is_autocast_enabled = lambda: [torch.bfloat16], lambda: False
+    rollout.TASKS["echo"], fst.get_task = Echo, lambda *_: Echo()
+    fst.save_file = lambda tensors, *rest: safetensors.torch.save_file({name: t.cpu() for name, t in tensors.items()}, *rest)     # which copies from CUDA by itself
+    config = fst.Config(**json.loads((Path(folder) / "config.json").read_text())["resolved"] | {"out": other, "device": "card:0"})
+    Path(other).mkdir()
+    with Card(), CardConstructors():
+        run = fst.Run(config)
+        assert {p.device.type for p in [*run.model.parameters(), *run.base.parameters(), *run.learner.masters.values()]} == {"card"}
+        after = run.after
+        run.after = lambda *phase: (after(*phase), setattr(run, "stop", run.done == 3))
+        assert run.go() is False
+        run = fst.Run(config)
+        assert run.go()
+
+        # The split into micro-batches does not change how often a step waits for the device.
+        rollouts, rewards, waits = sampled(run), torch.tensor([[1.0, 0, 0, 0]] * 3), []
+        for run.micro_batch in (20, 10_000):
+            before = Card.waits
+            run.reinforce(rollouts[:12], rewards)
+            waits.append(Card.waits - before)
+        assert waits[0] == waits[1] > 0, waits
+
+
+def test_a_run_on_another_device(tiny_run, tmp_path):
+    """No operation of a whole run, fast and slow steps, evaluations and resume, takes tensors of two devices, which on a CPU nothing
+    would show: on a device that refuses them it gives the same rows. In a process of its own, as PyTorch keeps a device for good."""
+    run = tiny_run(out="here")
+    assert run.go()
+    program = f"import test_fst; test_fst.go_on_the_card({str(tmp_path / 'here')!r}, {str(tmp_path / 'there')!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    here, there = ([{key: value for key, value in row.items() if not re.search("second", key)} for row in fst.read_rows(tmp_path / out / "metrics.jsonl")]
+                   for out in ("here", "there"))
+    assert len(here) == len(there) > 8
+    for a, b in zip(here, there):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert b[key] == (pytest.approx(value, rel=1e-3, abs=1e-6) if isinstance(value, float) else value), key
+    assert (tmp_path / "here" / "rollouts.jsonl").read_text() == (tmp_path / "there" / "rollouts.jsonl").read_text()
 
 
 @pytest.mark.parametrize("flag", ["--max-new-tokens", "--reflection-tokens"])
