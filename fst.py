@@ -57,6 +57,8 @@ MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning
 EVAL_FLAGS = {"device", "slots", "eval_problems", "eval_samples"}     # what --eval takes beside a run's own settings
 MOST = 1_000_000          # of anything: a configuration may come from a stranger
+UNBOUNDED = {"seed", "cap", "clip", "memory"}
+MAY_BE_ZERO = {"temperature", "seed", "warmup", "kl", "passes", "eval_every", "micro_batch"}
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
 
@@ -108,6 +110,10 @@ class Config:
     out: str = setting("", "the run's folder; empty: runs/TASK-METHOD-SEED")
 
 
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
 def resolve(config):
     """Fills in what depends on the device and the task, and refuses what makes no sense."""
     c = dataclasses.replace(config)
@@ -117,7 +123,7 @@ def resolve(config):
             raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
     for field, known in dict(method=METHODS, loss=LOSSES, reflector=("self", "base"), dtype=("auto", "float32", "bfloat16")).items():
         if getattr(c, field) not in known:
-            raise ValueError(f"unknown --{field} {getattr(c, field)!r}: known are {', '.join(known)}")
+            raise ValueError(f"unknown {flag(field)} {getattr(c, field)!r}: known are {', '.join(known)}")
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
     cpu = c.device == "cpu"
@@ -144,21 +150,15 @@ def resolve(config):
     c.warmup = min(10, c.steps // 4) if c.warmup is None else c.warmup
     c.model, c.why_model = choose_model(c) if c.model == "auto" else (c.model, "as asked")
     c.out = c.out or f"runs/{c.task.replace(':', '-').replace('/', '-').replace(',', '+')}-{c.method}-{c.seed}"
-    for field in ("steps", "cycle", "batch", "group", "prompts", "max_new_tokens", "slots", "cap", "lr", "clip", "memory", "level",
-                  "prompt_tokens", "reflection_tokens", "eval_problems", "eval_samples", "save_every"):
-        if not getattr(c, field) > 0:
-            raise ValueError(f"--{field.replace('_', '-')} must be above 0, not {getattr(c, field)}")
-        if type(getattr(c, field)) is int and getattr(c, field) > MOST:
-            raise ValueError(f"--{field.replace('_', '-')} must be at most {MOST:,}")
-    for field in ("micro_batch", "passes"):
-        if getattr(c, field) > MOST:
-            raise ValueError(f"--{field.replace('_', '-')} must be at most {MOST:,}")
-    for field in ("temperature", "seed", "warmup", "kl", "passes", "eval_every", "micro_batch"):
-        if not getattr(c, field) >= 0:
-            raise ValueError(f"--{field.replace('_', '-')} must not be negative, and is {getattr(c, field)}")
+    for field in dataclasses.fields(Config):
+        name, value = field.name, getattr(c, field.name)
+        if field.type in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
+            raise ValueError(f"{flag(name)} must {'not be negative' if name in MAY_BE_ZERO else 'be above 0'}, and is {value}")
+        if field.type in (int, float) and value > MOST and name not in UNBOUNDED:
+            raise ValueError(f"{flag(name)} must be at most {MOST:,}")
     for one, other in (("batch", "group"), ("eval_problems", "eval_samples")):
         if getattr(c, one) * getattr(c, other) > MOST:
-            raise ValueError(f"--{one.replace('_', '-')} times --{other.replace('_', '-')} must be at most {MOST:,}")
+            raise ValueError(f"{flag(one)} times {flag(other)} must be at most {MOST:,}")
     if c.lr > 1:
         raise ValueError(f"--lr {c.lr:g} moves every weight by more than 1: it must be at most 1")
     if c.temperature == 0:
@@ -417,7 +417,8 @@ class Run:
     """All that a run holds between two phases. `save` and `restore` take it to its folder and back, to the bit."""
     JOURNALS = ("metrics.jsonl", "prompts.jsonl", "rollouts.jsonl")
 
-    def __init__(self, config):
+    def __init__(self, config, learning=True):
+        """learning=False: to evaluate only."""
         c = self.config = config
         self.folder = Path(c.out)
         self.tasks = [get_task(name, c.level, c.data or None, c.seed_prompt or None) for name in c.task.split(",")]
@@ -427,17 +428,10 @@ class Run:
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
         self.count = lambda context: len(self.tokenizer.chat(context.messages("")))                # tokens
-        question = max(len(self.tokenizer.encode(p.question)) for task in self.tasks for split in task.splits.values() for p in split)
-        longest = max(self.count(Context(task.seed_prompt)) for task in self.tasks)
-        context = self.model.config.context
-        if c.method != "rl" and longest + question + c.max_new_tokens > context:
-            raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} (--max-new-tokens) "
-                             f"do not fit the model's context of {context}")
-        if c.method != "rl" and c.reflection_tokens >= context:
-            raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} to reflect on")
-        self.prompt_tokens = min(c.prompt_tokens, context - c.max_new_tokens - question)
-        self.base = self.model if c.method == "gepa" else copy.deepcopy(self.model).requires_grad_(False)
-        self.learner = None if c.method == "gepa" else Learner(self.model, c.lr, c.warmup)
+        self.prompt_tokens = self.room() if learning and c.method != "rl" else None
+        learning = learning and c.method != "gepa"
+        self.base = copy.deepcopy(self.model).requires_grad_(False) if learning else self.model
+        self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
         # the micro-batch becomes smaller once memory ran out
         _, self.micro_batch, self.slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()))
         self.sampler = Sampler(self.model, self.tokenizer, self.slots)
@@ -447,6 +441,18 @@ class Run:
         self.finished = False                             # the test problems have been read
         self.population = reflect.Population([Context(self.tasks[0].seed_prompt)])
         self.stop = False
+
+    def room(self):
+        """Tokens that a context may take: --prompt-tokens, or as many as leave room for every question and its answer."""
+        c, context = self.config, self.model.config.context
+        question = max(len(self.tokenizer.encode(p.question)) for task in self.tasks for split in task.splits.values() for p in split)
+        longest = max(self.count(Context(task.seed_prompt)) for task in self.tasks)
+        if longest + question + c.max_new_tokens > context:
+            raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} (--max-new-tokens) "
+                             f"do not fit the model's context of {context}")
+        if c.reflection_tokens >= context:
+            raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} to reflect on")
+        return min(c.prompt_tokens, context - c.max_new_tokens - question)
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -663,10 +669,6 @@ class Run:
                 drift = [self.drift([r for _, r, *_ in under[::4]]) for under in answers]     # a sample: of every fourth problem
                 row |= {f"{name}kl_base": drift[distinct.index(context)] for name, context in contexts.items()}
         row["seconds"] = time.perf_counter() - start
-        self.journal("metrics.jsonl", row)
-        say(f"eval  step {row['step']:4d}  {row['task']} {split}, {size} problems: best prompt {row['greedy']:.1%} greedy, "
-            f"{row['mean']:.1%} sampled; seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; "
-            f"KL to base {row['kl_base']:.4f}  ({row['seconds']:.0f} s)")
         return row
 
     def drift(self, rollouts):
@@ -676,6 +678,10 @@ class Run:
         return kl_k3(scored[self.model], scored[self.base]).mean().item()
 
     # -- the folder ------------------------------------------------------------------------------------------------
+
+    def log(self, row):
+        self.journal("metrics.jsonl", row)
+        say(describe(row))
 
     def journal(self, name, *rows):
         with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -735,7 +741,7 @@ class Run:
         else:
             for name in self.JOURNALS:                    # of a run that was stopped before its first save
                 (self.folder / name).write_text("")
-            self.evaluate(0, "val", c.eval_problems)
+            self.log(self.evaluate(0, "val", c.eval_problems))
             self.save()
         with tqdm(total=len(self.phases), initial=self.done, desc="run", unit="phase", smoothing=0.1) as bar:
             while self.done < len(self.phases) and not self.stop:
@@ -743,8 +749,7 @@ class Run:
                 row = (self.slow if kind == "slow" else self.fast)(task, number)
                 self.done += 1
                 bar.update()
-                self.journal("metrics.jsonl", row)
-                say(describe(row))
+                self.log(row)
                 if self.refused >= REFUSALS:
                     raise FloatingPointError(f"{self.refused} updates in a row were refused, at last as {row['refused']}; "
                                              "the last good state is on disk: start anew with a lower --lr")
@@ -764,7 +769,7 @@ class Run:
         lone_fast = kind == "fast" and c.method in ("gepa", "rl+gepa", "gepa+rl")
         if ends or lone_fast or kind == "slow" and c.eval_every and steps % c.eval_every == 0:
             for each in range(task + 1) if ends else [task]:              # what became of the earlier ones
-                self.evaluate(each, "val", c.eval_problems)
+                self.log(self.evaluate(each, "val", c.eval_problems))
         if ends or lone_fast or steps % c.save_every == 0:
             self.save()
 
@@ -772,6 +777,7 @@ class Run:
         """The test problems, read once: {base, trained weights} x {seed, evolved prompt}; and the curves."""
         for task in range(len(self.tasks)):
             row = self.evaluate(task, "test", 2 * self.config.eval_problems, {"base_": self.base, "": self.model})
+            self.log(row)
             say(table(row))
         plot([self.folder], self.folder / "curves.png")
         self.finished = True
@@ -828,6 +834,10 @@ def describe(row):
                 f"length {row['length']:.0f}  entropy {value('entropy'):.2f}  KL base {value('kl_reference'):.4f}  "
                 f"|grad| {value('gradient_norm'):.2f}  lr {value('lr'):.1e}  "
                 f"{row['tokens_per_second']:.0f} tok/s  {row['sample_seconds']:.0f}+{row['train_seconds']:.0f} s")
+    if row["kind"] == "eval":
+        return (f"eval  step {row['step']:4d}  {row['task']} {row['split']}, {row['n']} problems: best prompt {row['greedy']:.1%} greedy, "
+                f"{row['mean']:.1%} sampled; seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; "
+                f"KL to base {row['kl_base']:.4f}  ({row['seconds']:.0f} s)")
     return (f"fast {row['cycle']:5d}  {row['candidates']} candidates, {row['accepted']} accepted, {row['rollouts_used']} rollouts; "
             f"best prompt {value('best'):.1%} of the anchors, kept {row['kept']}  {row['seconds']:.0f} s")
 
@@ -925,7 +935,7 @@ def parse(argv):
         kind = tokens if field.name == "micro_batch" else field.type
         default = "by device and task" if field.default is None else field.default
         text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
+        parser.add_argument(flag(field.name), type=kind, default=field.default, help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds and start anew")
     parser.add_argument("--check", action="store_true", help="say what would run, and what it takes, and stop")
     parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test problems; "
@@ -1033,9 +1043,9 @@ def evaluate_folder(folder, changes):
         texts = [text for x in population.contexts for text in (x.system, *(t for e in x.examples for t in vars(e).values()))]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("its prompts are not texts")
-    run = Run(dataclasses.replace(c, method="gepa"))                      # no optimizer is needed
+    run = Run(c, learning=False)
     run.model, _ = load(str(Path(folder) / "checkpoint"), c.device, getattr(torch, c.dtype))
-    run.config, run.population, run.journal = c, population, lambda *_: None
+    run.population = population
     for task in range(len(run.tasks)):
         say(table(run.evaluate(task, "test", 2 * c.eval_problems, {"base_": run.base, "": run.model})))
 
@@ -1054,7 +1064,7 @@ def main(argv=None):
         for action in ("eval", "plot", "show_prompts"):
             vain = given.keys() - (EVAL_FLAGS if action == "eval" else set()) | {name for name in ("overwrite", "check") if actions[name]}
             if actions[action] and vain:
-                raise ValueError(f"--{', --'.join(sorted(vain))}".replace("_", "-") + f" does not go with --{action.replace('_', '-')}")
+                raise ValueError(f"{', '.join(map(flag, sorted(vain)))} does not go with {flag(action)}")
         if actions["plot"]:
             plot(actions["plot"], Path(actions["plot"][0]) / "curves.png")
             print(f"drawn: {Path(actions['plot'][0]) / 'curves.png'}")

@@ -348,13 +348,8 @@ class Search:
         if width < len(parents):
             return False
 
-        # 1. The parents' fresh minibatches, of problems that they have not solved as far as there are: there is most to learn.
-        minibatches = {}
-        for parent in parents:
-            problems = parent.scorers(self.anchors)
-            self.rng.shuffle(problems)
-            problems.sort(key=lambda p: average(parent.scores[self.step].get(p.id, [0.5])))
-            minibatches[parent] = problems[:MINIBATCH]
+        # 1. The parents answer fresh minibatches.
+        minibatches = {parent: self.minibatch(parent) for parent in parents}
         rollouts = iter(self.spend([(parent, p) for parent in parents for p in minibatches[parent]]))
         traces = {parent: [next(rollouts) for _ in minibatches[parent]] for parent in parents}
         if not any(traces.values()):
@@ -385,6 +380,12 @@ class Search:
             better = child in self.waiting or child in self.contenders and self.estimate(child) > self.estimate(parent)
             self.population.operators[child.operator][0 if better else 1] += 1
         return True
+
+    def minibatch(self, parent):
+        """Problems that it has not solved, as far as there are: from them there is most to learn."""
+        problems = parent.scorers(self.anchors)
+        self.rng.shuffle(problems)
+        return sorted(problems, key=lambda p: average(parent.scores[self.step].get(p.id, [0.5])))[:MINIBATCH]
 
     def promise(self, candidate):
         return self.estimate(candidate), sum(self.liking[candidate])

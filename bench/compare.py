@@ -69,8 +69,8 @@ def main():
     parser.add_argument("task")
     parser.add_argument("--methods", nargs="+", default=["fst", "rl", "gepa"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--name", help="of the folder of results; the task's name, and the change's, where not given")
-    parser.add_argument("--change", help="one of bench/ablate.py's")
+    parser.add_argument("--name", help="of the folder of results; the task's where not given")
+    parser.add_argument("--change", help="one of bench/ablate.py's; the folder's name ends in it")
     parser.add_argument("--threads", type=int, help="CPU threads of a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options, flags = parser.parse_known_args()
@@ -79,7 +79,9 @@ def main():
             parser.error(f"{flag} is this command's own to give")
     if sys.argv[1] != options.task:
         parser.error("the task comes first")
-    name = options.name or (options.task + f"-{options.change}" * bool(options.change)).replace(":", "-").replace("/", "-").replace(",", "+")
+    name = options.name or options.task.replace(":", "-").replace("/", "-").replace(",", "+")
+    if options.change and not name.endswith(f"-{options.change}"):            # else runs with and without it would resume each other
+        name += f"-{options.change}"
     environment = os.environ | ({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {})
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

@@ -51,10 +51,7 @@ def propose(search, operator, parent, count, width=4):
     search.draw_operator = lambda *_: operator
     known, children = len(search.candidates), []
     for start in range(0, count, width):
-        problems = parent.scorers(search.anchors)
-        search.rng.shuffle(problems)
-        problems.sort(key=lambda p: max(parent.scores[search.step].get(p.id, [0.5])))     # those that it has not solved come first
-        traces = {parent: search.spend([(parent, p) for p in problems[:reflect.MINIBATCH]])}
+        traces = {parent: search.spend([(parent, p) for p in search.minibatch(parent)])}
         children += [child for child, _ in search.propose([parent], traces, min(width, count - start))]
     rejected = [c for c in search.candidates[known:] if c.verdict == "rejected"]
     why = Counter(re.sub(r": \d+ tokens.*", "", c.reason) for c in rejected)

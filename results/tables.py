@@ -159,14 +159,20 @@ def to_rl_best(runs, task):
     return lines
 
 
+def thirds(steps):
+    """The first third of them and the last, a step each at least."""
+    size = max(1, len(steps) // 3)
+    return steps[:size], steps[-size:]
+
+
 def slow_phase(runs, task):
     """What the slow steps looked like, in the first and the last third of them; a step without signal has neither entropy nor KL."""
     lines = []
     for method, seeds in runs.items():
         steps = [[row for row in rows if row["kind"] == "step" and row["task"] == task] for rows in seeds.values()]
-        thirds = [side[:max(1, len(side) // 3)] for rows in steps for side in (rows, rows[::-1])]        # first, last; first, last; ...
+        sides = [side for rows in steps for side in thirds(rows)]                                         # first, last; first, last; ...
         if any(steps):
-            means = [[np.mean(known) for third in thirds[side::2] if (known := [row[key] for row in third if key in row])]
+            means = [[np.mean(known) for third in sides[side::2] if (known := [row[key] for row in third if key in row])]
                      for key in ("entropy", "kl_reference", "reward", "flat") for side in (0, 1)]
             lines.append(f"| {method} | {' | '.join(spread(values, '{:.3g}'.format) if values else 'none' for values in means)} |")
     head = ("| method | entropy, nats a token: first third of the steps | last third | KL to the base of the training rollouts, nats a token "
@@ -251,7 +257,7 @@ def side_by_side(results):
                     tests += evals(rows, "test")
                     steps = [row for row in rows if row["kind"] == "step"]
                     for key in ("entropy", "reward"):
-                        last[key].append(np.mean([row[key] for row in steps[-max(1, len(steps) // 3):] if key in row] or [math.nan]))
+                        last[key].append(np.mean([row[key] for row in thirds(steps)[1] if key in row] or [math.nan]))
                 curve = ", ".join(f"{step}: {np.mean(values):.1%}" for step, values in sorted(by_step.items()))
                 ends = [spread([row[key] for row in tests], percent) if tests else "none" for key in ("greedy", "mean", "seed_greedy")]
                 tasks = " ".join(dict.fromkeys(row["task"] for rows in seeds.values() for row in evals(rows)))
@@ -309,7 +315,7 @@ def proposals(path):
     """bench_operators.jsonl -> bench_operators.md: of the latest row of each task, seed, parent and operator, what the children came to, and what
     ranking the drafts of worked examples is worth; seeds side by side."""
     latest = {(row["task"], row["parent"], row["operator"], row["seed"]): row for row in read(path)}
-    percent, number = "{:.1%}".format, "{:.2f}".format
+    number = "{:.2f}".format
     shares = lambda row, key, part=slice(None): np.array([text[part].count("1") / len(text[part]) for text in row[key]])          # [children]
     cell = lambda values, form: spread(known, form) if (known := [value for value in values if not math.isnan(value)]) else ""
     groups, yields, ranking, why = defaultdict(list), [], [], defaultdict(Counter)
