@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import reflect
 from model import load, reading, replace_file, return_freed_memory, save
-from rollout import TASKS, Context, Sampler, ask, examine, get_task, score, share
+from rollout import TASKS, Context, Sampler, ask, divergence, examine, get_task, score, share
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration: one flag per field
@@ -61,6 +61,7 @@ UNBOUNDED = {"seed", "cap", "clip", "memory"}
 MAY_BE_ZERO = {"temperature", "seed", "warmup", "kl", "passes", "eval_every", "micro_batch"}
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
+CHOICES = {"method": METHODS, "loss": LOSSES, "reflector": ("self", "base"), "dtype": ("auto", "float32", "bfloat16")}
 
 
 @dataclass
@@ -94,16 +95,17 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient", "usual")
     warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
-    micro_batch: int = setting(None, "tokens in one forward and backward pass; auto (0): as many as fit, and no more slots than fit",
+    micro_batch: int = setting(None, "tokens in one forward and backward pass; auto (0): as many, and as many slots, as fit",
                                "ours: auto; 1280 for arithmetic on a CPU")
     memory: float = setting(None, "GB that auto may plan with", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device: training runs through it")
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
-    reflector: str = setting("self", "self: the current weights reflect; base: the frozen starting weights", "paper: a frozen model")
+    reflector: str = setting("self", "self: the current weights; base: the frozen starting weights", "paper: a frozen model")
     # evaluation and files
-    eval_every: int = setting(None, "slow steps between evaluations; 0: only those at the start, after a task and after a fast phase that no slow steps follow", "ours: the cycle's length")
+    eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, after a task or a lone fast phase",
+                              "ours: the cycle's length")
     eval_problems: int = setting(None, "problems in an evaluation", "ours by device")
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
     save_every: int = setting(None, "slow steps between saved states", "ours: the cycle's length")
@@ -121,7 +123,7 @@ def resolve(config):
     for name in names:
         if name.partition(":")[0] not in TASKS:
             raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
-    for field, known in dict(method=METHODS, loss=LOSSES, reflector=("self", "base"), dtype=("auto", "float32", "bfloat16")).items():
+    for field, known in CHOICES.items():
         if getattr(c, field) not in known:
             raise ValueError(f"unknown {flag(field)} {getattr(c, field)!r}: known are {', '.join(known)}")
     if c.device == "auto":
@@ -261,7 +263,7 @@ def token_loss(kind, logprobs, behaviour_logprobs, advantages, cap=4.0):
     ratio = (logprobs - behaviour_logprobs).exp()                                             # rho = pi_theta / mu
     if kind == "cispo":      # -sg(min(rho, cap)) A log pi: the gradient of log pi, weighted (arXiv 2506.13585, 2605.12484)
         return -ratio.detach().clamp(max=cap) * advantages * logprobs
-    if kind in ("grpo", "dr_grpo"):     # -min(rho A, clip(rho, 1 - 0.2, 1 + 0.2) A) (arXiv 2402.03300; 2503.20783 changes A and the norm)
+    if kind in ("grpo", "dr_grpo"):     # -min(rho A, clip(rho, 1 - 0.2, 1 + 0.2) A) (arXiv 2402.03300; 2503.20783: other A, norm)
         return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     if kind == "dapo":       # the same with more room above: 1 + 0.28 (arXiv 2503.14476)
         return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
@@ -353,8 +355,8 @@ class Learner:
 
 
 def micro_batches(rows, limit):
-    """Indices of rows (prompt, tokens) in batches of about `limit` tokens. Rows under one context stay together while they fit, so that
-    its tokens are run once; where they do not, they are split evenly."""
+    """Indices of rows (prompt, tokens) in batches of about `limit` tokens. Rows under one context stay together while they fit,
+    so that its tokens are run once; where they do not, they are split evenly."""
     under = {tuple(prompt): [] for prompt, _ in sorted(rows, key=lambda row: tuple(row[0]))}
     for i, (prompt, _) in enumerate(rows):
         under[tuple(prompt)].append(i)
@@ -382,6 +384,14 @@ def score_all(model, rows, temperature, limit):
         for i, part in zip(batch, logprobs.split([len(rows[i][1]) for i in batch])):
             out[i] = part
     return out
+
+
+def drift(model, base, rollouts, limit):
+    """KL(model || base) on the model's own rollouts, each under its own prompt: mean over their tokens, nats. Exact over the
+    vocabulary at every token: `kl_k3` of few answers is mostly noise, as one unlikely token outweighs all others."""
+    rows = [(r.prompt, r.tokens) for r in rollouts]
+    batches = [[rows[i] for i in batch] for batch in micro_batches(rows, limit)]
+    return torch.cat([divergence(model, base, batch) for batch in batches]).mean().item() if model is not base else 0.0
 
 
 def kl_k3(logprobs, other):
@@ -416,6 +426,7 @@ def steps_of(config, cycle):
 class Run:
     """All that a run holds between two phases. `save` and `restore` take it to its folder and back, to the bit."""
     JOURNALS = ("metrics.jsonl", "prompts.jsonl", "rollouts.jsonl")
+    COUNTERS = ("micro_batch", "done", "spent", "refused", "finished")          # what the saved state holds of plain values
 
     def __init__(self, config, learning=True):
         """learning=False: to evaluate only."""
@@ -445,13 +456,15 @@ class Run:
     def room(self):
         """Tokens that a context may take: --prompt-tokens, or as many as leave room for every question and its answer."""
         c, context = self.config, self.model.config.context
-        question = max(len(self.tokenizer.encode(p.question)) for task in self.tasks for split in task.splits.values() for p in split)
+        problems = [p for task in self.tasks for split in task.splits.values() for p in split]
+        question = max(len(self.tokenizer.encode(p.question)) for p in problems)
         longest = max(self.count(Context(task.seed_prompt)) for task in self.tasks)
         if longest + question + c.max_new_tokens > context:
-            raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} (--max-new-tokens) "
-                             f"do not fit the model's context of {context}")
+            raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
+                             f"(--max-new-tokens) do not fit the model's context of {context}")
         if c.reflection_tokens >= context:
-            raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} to reflect on")
+            raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} "
+                             "to reflect on")
         return min(c.prompt_tokens, context - c.max_new_tokens - question)
 
     # -- phases ----------------------------------------------------------------------------------------------------
@@ -467,7 +480,7 @@ class Run:
         return [problems[i] for i in order[index * size:(index + 1) * size]]
 
     def contexts(self, task):
-        """Whom the slow phase asks with: the K prompts, as they are now, whatever task they were evolved on; in plain RL the seed prompt."""
+        """What the slow phase asks under: the K prompts as they are, whatever task evolved them; in plain RL the seed prompt."""
         return [Context(self.tasks[task].seed_prompt)] if self.config.method == "rl" else self.population.contexts
 
     def slow(self, task, step):
@@ -510,8 +523,8 @@ class Run:
         lengths = [[len(rollouts[g * c.group + i].tokens) for i in range(c.group)] for g in groups]
         weights = [w for group in token_weights(c.loss, lengths, c.max_new_tokens) for w in group]
         rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in live]
-        # The KL penalty is taken under one of the K prompts, drawn anew for each step, and counted K times: on average the same, and
-        # the base model has one context to read, not K.
+        # The KL penalty is taken under one of the K prompts, drawn anew for each step, and counted K times: on average the same,
+        # and the base model has one context to read, not K.
         K = len(self.population.contexts) if c.kl else 1
         drawn = random.Random(f"{c.seed} {self.steps_done()}").randrange(K)
         judged = [k for k, i in enumerate(live) if c.kl and i % c.group * K // c.group == drawn]
@@ -563,8 +576,8 @@ class Run:
         if not rows:
             return {"trained_rows": 0, "updates": self.learner.updates}
         tokens, judged = sums.pop("tokens"), sums.pop("judged")
-        row = {key: float(value) / (1 if key == "loss" else judged if key == "kl_reference" else tokens) for key, value in sums.items()
-               if judged or key != "kl_reference"}
+        counts = dict.fromkeys(sums, tokens) | {"loss": 1, "kl_reference": judged}
+        row = {key: float(value) / counts[key] for key, value in sums.items() if judged or key != "kl_reference"}
         row |= {"gradient_norm": self.learner.clip(c.clip), "lr": self.learner.rate()}
         bad = [key.replace("_", " ") for key in ("loss", "gradient_norm") if not math.isfinite(row[key])]
         if bad:                                           # no update is better than a ruined one
@@ -582,8 +595,8 @@ class Run:
         return {"trained_rows": len(rows), "updates": self.learner.updates, **row}
 
     def within_memory(self, train):
-        """train(); where the memory of a CUDA card does not suffice, once more from its start with micro-batches of half the tokens:
-        the split does not change the loss, and nothing has moved before the update."""
+        """train(); where the memory of a CUDA card does not suffice, once more from its start with micro-batches of half the
+        tokens: the split does not change the loss, and nothing has moved before the update."""
         while True:
             try:
                 return train()
@@ -658,24 +671,20 @@ class Run:
         distinct, size, asked = list(dict.fromkeys(contexts.values())), len(problems), {}
         for prefix, model in (models or {"": self.model}).items():
             if model not in asked:                        # in gepa the trained weights are the base
-                asked[model] = examine(Sampler(model, self.tokenizer, self.slots), self.tasks[task], distinct, problems, c.eval_samples,
-                                       c.max_new_tokens, (c.seed, task, 2), "evaluate")
+                sampler = Sampler(model, self.tokenizer, self.slots)
+                asked[model] = examine(sampler, self.tasks[task], distinct, problems, c.eval_samples, c.max_new_tokens,
+                                       (c.seed, task, 2), "evaluate")
             answers = asked[model]
             for name, context in contexts.items():
                 rewards = np.array([[r.reward for r in rollouts] for rollouts in answers[distinct.index(context)]])
                 for key, values in (("greedy", rewards[:, 0]), ("mean", rewards[:, 1:].mean(1))):      # [problems]
                     row[f"{prefix}{name}{key}"], row[f"{prefix}{name}{key}_interval"] = values.mean(), wilson(values.sum(), size)
             if not prefix:
-                drift = [self.drift([r for _, r, *_ in under[::4]]) for under in answers]     # a sample: of every fourth problem
-                row |= {f"{name}kl_base": drift[distinct.index(context)] for name, context in contexts.items()}
+                halves = [[r for _, r, *_ in under[::2]] for under in answers]        # of every second problem a sampled answer
+                moved = [drift(self.model, self.base, half, self.micro_batch) for half in halves]
+                row |= {f"{name}kl_base": moved[distinct.index(context)] for name, context in contexts.items()}
         row["seconds"] = time.perf_counter() - start
         return row
-
-    def drift(self, rollouts):
-        """KL of the weights to the base weights, nats a token, each answer under the prompt that it was given under."""
-        rows = [(r.prompt, r.tokens) for r in rollouts]
-        scored = {m: torch.cat(score_all(m, rows, 1.0, self.micro_batch)) for m in {self.model, self.base}}
-        return kl_k3(scored[self.model], scored[self.base]).mean().item()
 
     # -- the folder ------------------------------------------------------------------------------------------------
 
@@ -698,9 +707,9 @@ class Run:
                 os.fsync(file.fileno())
             journals[name] = length_and_digest((self.folder / name).read_bytes())
         tensors = self.learner.tensors() if self.learner else {"none": torch.zeros(1)}
-        state = {"config": dataclasses.asdict(self.config), "data": self.data, "micro_batch": self.micro_batch, "done": self.done, "spent": self.spent,
-                 "refused": self.refused, "finished": self.finished, "population": self.population.to_json(),
-                 "updates": self.learner.updates if self.learner else 0, "journals": journals}
+        state = {"config": dataclasses.asdict(self.config), "data": self.data, "population": self.population.to_json(),
+                 "updates": self.learner.updates if self.learner else 0, "journals": journals,
+                 **{name: getattr(self, name) for name in self.COUNTERS}}
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "state.safetensors"
         text = json.dumps(state)
@@ -719,16 +728,15 @@ class Run:
                     self.learner.restore(file.get_tensor, names, state["updates"])
         except Exception as error:      # safetensors and json raise their own kinds for a damaged file
             raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
-        if state["config"] != dataclasses.asdict(self.config):
-            raise ValueError(f"{self.folder / 'config.json'} was changed since the state was saved: undo that, or start anew with --overwrite")
-        if state["data"] != self.data:
-            raise ValueError(f"the problems of {self.config.task} were changed since the state was saved: undo that, or start anew with --overwrite")
-        self.micro_batch, self.done, self.spent, self.refused, self.finished = (
-            state[key] for key in ("micro_batch", "done", "spent", "refused", "finished"))
+        saved = lambda name, length: length_and_digest((self.folder / name).read_bytes()[:length])
+        changed = [self.folder / name for name, before in state["journals"].items() if saved(name, before[0]) != tuple(before)]
+        changed += [self.folder / "config.json"] * (state["config"] != dataclasses.asdict(self.config))
+        changed += [f"the data of {self.config.task}"] * (state["data"] != self.data)
+        if changed:
+            raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
+        for name in self.COUNTERS:
+            setattr(self, name, state[name])
         self.population = reflect.Population.from_json(state["population"])
-        for name, (length, sha256) in state["journals"].items():
-            if length_and_digest((self.folder / name).read_bytes()[:length]) != (length, sha256):
-                raise ValueError(f"{self.folder / name} was changed since the state was saved: undo that, or start anew with --overwrite")
         for name, (length, _) in state["journals"].items():
             os.truncate(self.folder / name, length)
 
@@ -737,7 +745,8 @@ class Run:
         c = self.config
         if (self.folder / "state" / "state.safetensors").exists():
             self.restore()
-            say(f"this run is complete: {self.folder}" if self.finished else f"going on after {self.done} of {len(self.phases)} phases")
+            behind = f"going on after {self.done} of {len(self.phases)} phases"
+            say(f"this run is complete: {self.folder}" if self.finished else behind)
         else:
             for name in self.JOURNALS:                    # of a run that was stopped before its first save
                 (self.folder / name).write_text("")
@@ -828,15 +837,16 @@ def table(row):
 
 
 def describe(row):
-    value = lambda key: row.get(key, math.nan)            # a batch without signal lacks some, as does a prompt that no anchor may score
+    value = lambda key: row.get(key, math.nan)            # a batch without signal lacks some, and a prompt that no anchor may score
     if row["kind"] == "step":
         return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  "
                 f"length {row['length']:.0f}  entropy {value('entropy'):.2f}  KL base {value('kl_reference'):.4f}  "
                 f"|grad| {value('gradient_norm'):.2f}  lr {value('lr'):.1e}  "
                 f"{row['tokens_per_second']:.0f} tok/s  {row['sample_seconds']:.0f}+{row['train_seconds']:.0f} s")
     if row["kind"] == "eval":
-        return (f"eval  step {row['step']:4d}  {row['task']} {row['split']}, {row['n']} problems: best prompt {row['greedy']:.1%} greedy, "
-                f"{row['mean']:.1%} sampled; seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; "
+        return (f"eval  step {row['step']:4d}  {row['task']} {row['split']}, {row['n']} problems: "
+                f"best prompt {row['greedy']:.1%} greedy, {row['mean']:.1%} sampled; "
+                f"seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; "
                 f"KL to base {row['kl_base']:.4f}  ({row['seconds']:.0f} s)")
     return (f"fast {row['cycle']:5d}  {row['candidates']} candidates, {row['accepted']} accepted, {row['rollouts_used']} rollouts; "
             f"best prompt {value('best'):.1%} of the anchors, kept {row['kept']}  {row['seconds']:.0f} s")
@@ -866,14 +876,16 @@ def read_points(folder):
         rows = read_rows(Path(folder) / "metrics.jsonl")
         evals, steps = ([row for row in rows if row["kind"] == kind] for kind in ("eval", "step"))
         pick = lambda rows, *keys: [{key: float(row.get(key, math.nan)) for key in keys} for row in rows if keys[-1] in row]
-        keys = "step", "rollouts", "kl_base", "seed_kl_base", "mean", "seed_mean"
-        return ([pick([row for row in evals if row["split"] == "val" and row["task"] == task], *keys) for task in {row["task"]: 0 for row in evals}],
+        keys, by_task = ("step", "rollouts", "kl_base", "seed_kl_base", "mean", "seed_mean"), {row["task"]: [] for row in evals}
+        for row in evals:
+            by_task[row["task"]] += [row] * (row["split"] == "val")
+        return ([pick(rows, *keys) for rows in by_task.values()],
                 pick([row for row in evals if row["split"] == "test"], *GAINS),
                 pick(steps, "step", "reward"), pick(steps, "step", "entropy"))
 
 
 def plot(folders, path):
-    """Accuracy against slow steps, against all rollouts and against drift; reward and entropy; who gained what: one colour per run."""
+    """Accuracy against slow steps, all rollouts and drift; reward and entropy; who gained what: one colour per run."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -885,12 +897,14 @@ def plot(folders, path):
         colour, name = f"C{i % 10}", Path(folder).name.replace("$", r"\$")
         for axis, *xs in ((by_step, "step", "step"), (by_rollouts, "rollouts", "rollouts"), (by_drift, "kl_base", "seed_kl_base")):
             for x, y, style, alpha, label in zip(xs, ("mean", "seed_mean"), ("o-", "o:"), (1, 0.5), (name, f"{name}, seed prompt")):
-                for k, task in enumerate(evals):
-                    axis.plot([row[x] for row in task], [row[y] for row in task], style, color=colour, alpha=alpha, label=label if k == 0 else None)
+                for task in evals:
+                    axis.plot([row[x] for row in task], [row[y] for row in task], style, color=colour, alpha=alpha, label=label)
+                    label = None                          # one for all tasks
         for axis, y, rows in ((reward, "reward", rewards), (entropy, "entropy", entropies)):
             axis.plot([row["step"] for row in rows], [row[y] for row in rows], color=colour)
         for row in tests:                                 # one per task
-            gains.bar([k + (i + 0.5) * width - 0.4 for k in range(len(GAINS))], row.values(), width, color=colour, alpha=1 / len(tests))
+            places = [k + (i + 0.5) * width - 0.4 for k in range(len(GAINS))]
+            gains.bar(places, row.values(), width, color=colour, alpha=1 / len(tests))
     accuracy, steps = "validation accuracy, sampled", "slow steps"
     for axis, x, y in ((by_step, steps, accuracy), (by_rollouts, "rollouts of both channels", accuracy),
                        (by_drift, "KL to the base model, nats a token", accuracy),
@@ -938,8 +952,8 @@ def parse(argv):
         parser.add_argument(flag(field.name), type=kind, default=field.default, help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds and start anew")
     parser.add_argument("--check", action="store_true", help="say what would run, and what it takes, and stop")
-    parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test problems; "
-                        "takes --device, --slots, --eval-problems and --eval-samples")
+    parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test "
+                        "problems; takes --device, --slots, --eval-problems and --eval-samples")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs' curves side by side into curves.png of the first")
     parser.add_argument("--show-prompts", metavar="RUN", help="the family tree of a run's prompts")
     options = vars(parser.parse_args(argv))
@@ -949,7 +963,7 @@ def parse(argv):
 
 
 def stored_config(folder, changes={}):
-    """What was asked for, a dict, and the resolved configuration, checked like flags: the folder may be damaged, or a stranger's."""
+    """What was asked for, a dict, and the resolved configuration, checked like flags: the folder may be a stranger's."""
     path = Path(folder) / "config.json"
     with reading(f"{folder} holds no readable run: config.json"):
         stored = json.loads(read_text(path))
@@ -980,8 +994,8 @@ def open_run(config, overwrite):
         if before == asked:
             return resolved, lock
         if (folder / "state" / "state.safetensors").exists():         # else nothing would be lost
-            other = ", ".join(f"{key} {before.get(key)!r}, now {value!r}" for key, value in asked.items() if before.get(key) != value)
-            raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or --overwrite to start anew")
+            other = ", ".join(f"{key} {before.get(key)!r}, now {asked[key]!r}" for key in asked if before.get(key) != asked[key])
+            raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or --overwrite it")
     strangers = {p.name for p in folder.iterdir()} - {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS}
     if strangers:
         raise ValueError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
@@ -1021,15 +1035,15 @@ def check(config):
         print(f"  that is more than the {c.memory:.1f} GB to plan with")
     if c.device == "cpu":
         rate = 2 * 1024 * 512 * 1024 / min(seconds.values())
-        # in tokens of a forward pass: an answer is sampled at half the rate, training costs four passes, two of them backward; a fast
-        # phase samples few rows at a time, and drafts a context for every eighth rollout, whose probes the model reads
+        # in tokens of a forward pass: an answer is sampled at half the rate, training costs four passes, two of them backward; a
+        # fast phase samples few rows at a time, and drafts a context for every eighth rollout, whose probes the model reads
         K = 1 if c.method == "rl" else c.prompts
         work = 5 * steps * K * (c.prompt_tokens * (c.method != "rl") + c.batch * QUESTION) + 6 * slow * c.max_new_tokens
         work += fast * (QUESTION + 4 * c.max_new_tokens + (c.prompt_tokens + reflect.PROBES * (QUESTION + c.max_new_tokens)) // 8)
         asked = 2 * c.eval_problems * (4 * len(c.task.split(",")) + math.ceil(steps / (c.eval_every or c.steps)) + 1)
         work += asked * (QUESTION + 2 * c.max_new_tokens * (1 + c.eval_samples))
-        print(f"{dtype} is the faster here, {rate / 1e9:.0f} GFLOP/s: about {2 * weights * work / rate / 60:.0f} minutes if no answer "
-              "ends before its limit")
+        minutes = 2 * weights * work / rate / 60
+        print(f"{dtype} is the faster here, {rate / 1e9:.0f} GFLOP/s: about {minutes:.0f} minutes if all answers reach their limit")
     else:
         print("time: not estimated for CUDA")
 
@@ -1060,9 +1074,10 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input or a failure that is named, 130 interrupted after saving."""
     try:
         config, actions = parse(argv)
-        given = {field.name: value for field in dataclasses.fields(Config) if (value := getattr(config, field.name)) != field.default}
+        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default}
         for action in ("eval", "plot", "show_prompts"):
-            vain = given.keys() - (EVAL_FLAGS if action == "eval" else set()) | {name for name in ("overwrite", "check") if actions[name]}
+            vain = given.keys() - (EVAL_FLAGS if action == "eval" else set())
+            vain |= {name for name in ("overwrite", "check") if actions[name]}
             if actions[action] and vain:
                 raise ValueError(f"{', '.join(map(flag, sorted(vain)))} does not go with {flag(action)}")
         if actions["plot"]:
@@ -1089,7 +1104,8 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         return complain(error)
     except (MemoryError, RuntimeError) as error:          # PyTorch's on a CPU is a RuntimeError like any other
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search("(not enough|allocate) memory", str(error)):
+        named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not named and not re.search("(not enough|allocate) memory", str(error)):
             raise
         return complain("out of memory: what was saved is kept; try a smaller --micro-batch, --slots, --eval-problems or --model "
                         f"({str(error).strip().partition(chr(10))[0]})")

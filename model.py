@@ -92,10 +92,11 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def packing(self):
-        """Within it, products of few rows run about a fifth faster on a CPU in bf16: the weights are brought into oneDNN's own layout
-        once, and not at every product. Weights must not change meanwhile."""
+        """Within it, products of few rows run about a fifth faster on a CPU in bf16: the weights are brought into oneDNN's own
+        layout once, and not at every product. Weights must not change meanwhile."""
         if self.embedding.device.type == "cpu" and self.embedding.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-            weights = [w for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)] + [self.output_weight()]
+            weights = [w for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+            weights.append(self.output_weight())
             self.packed = {w: torch.ops.mkldnn._reorder_linear_weight(w.detach(), 64) for w in weights}
         try:
             yield
@@ -138,9 +139,11 @@ class Transformer(nn.Module):
 
 
 def recomputed(function, *arguments):
-    """function(*arguments), of which autograd keeps the arguments alone and computes the rest again in the backward pass: for what is
-    cheap to compute and large to keep."""
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else function(*arguments)
+    """function(*arguments), of which autograd keeps the arguments alone and computes the rest again in the backward pass: for
+    what is cheap to compute and large to keep."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def rms_norm(x, weight, eps):
@@ -204,7 +207,7 @@ def attention(q, k, v, mask, shared=None):
     else:
         shared_k, shared_v, shared_mask = shared
         shared_mask = shared_mask.expand(P, kv_heads, 1, 1, -1).flatten(0, 2)                 # [P * kv_heads, 1, shared keys]
-        far = product(shared_mask, q, shared_k.flatten(0, 1).transpose(1, 2))                 # [P * kv_heads, S * group * L, shared keys]
+        far = product(shared_mask, q, shared_k.flatten(0, 1).transpose(1, 2))                 # [P * kv_heads, queries, shared keys]
         weights = torch.cat([far.view(*scores.shape[:2], -1), scores], dim=-1).softmax(-1)
         far, near = weights.split([far.shape[-1], scores.shape[-1]], dim=-1)
         far = far.reshape(P * kv_heads, S * group * L, -1)
@@ -265,12 +268,13 @@ class Layout:
         return before + list(range(self.slices[i].start, self.slices[i].stop))
 
     def attend(self, _, q, k, v):
-        outputs = [recomputed(self.attend_level, q, k, v, *level).flatten(0, 2) for level in self.levels]     # scores would be most of what is kept
+        # recomputed, as the scores would be most of what is kept
+        outputs = [recomputed(self.attend_level, q, k, v, *level).flatten(0, 2) for level in self.levels]
         return torch.cat(outputs).index_select(0, self.place)                                 # [tokens, heads * head_dim]
 
     def attend_level(self, q, k, v, rows, shared, hidden):
-        """rows [P, S, L], shared and hidden [P, far] -> [P, S, L, heads * head_dim]. To a prefix not much longer than themselves rows get
-        copies of its keys: one product over all keys, or its gradient, is faster than two over parts."""
+        """rows [P, S, L], shared and hidden [P, far] -> [P, S, L, heads * head_dim]. To a prefix not much longer than themselves
+        rows get copies of its keys: one product over all keys, or its gradient, is faster than two over parts."""
         (S, L), far, group = rows.shape[1:], shared.shape[1], q.shape[1] // k.shape[1]
         take = lambda x, index: x.index_select(0, index.flatten()).unflatten(0, index.shape)  # x[index], ten times faster backward
         mask = lambda unseen: torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
@@ -293,8 +297,8 @@ class TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature) at one target per row. hidden [rows, hidden], weight [vocab, hidden], targets
     [rows] -> log-probs [rows], entropies [rows] (nats, fp32; the entropies carry no gradient).
 
-    The logits of a micro-batch are kept in the weights' dtype until the backward pass turns them, in place, into their own gradient.
-    In fp32 they exist for `few` rows at a time, on a CPU as many as its cache holds. It runs backward once."""
+    The logits of a micro-batch are kept in the weights' dtype until the backward pass turns them, in place, into their own
+    gradient. In fp32 they exist for `few` rows at a time, on a CPU as many as its cache holds. It runs backward once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, few):
@@ -322,6 +326,17 @@ class TokenLogprobs(torch.autograd.Function):
             p = (part.float() / ctx.temperature).sub_(total).exp_()
             part.copy_(p.mul_(-g).scatter_add_(1, target, g))
         return logits @ weight, logits.T @ hidden, None, None, None
+
+
+@torch.no_grad()
+def token_kl(model, hidden, other, other_hidden):
+    """KL(model || other) of the next token, exact over the vocabulary: sum_v p(v) (log p(v) - log q(v)). The two models' last
+    hidden states [rows, hidden] -> [rows], nats, fp32."""
+    parts = []
+    for states in zip(hidden.split(64), other_hidden.split(64)):
+        log_p, log_q = (F.linear(h, m.output_weight()).float().log_softmax(-1) for h, m in zip(states, (model, other)))
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts)
 
 
 def token_logprobs(model, hidden, targets, temperature=1.0):

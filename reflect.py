@@ -87,9 +87,9 @@ class Population:
         return [candidate.context for candidate in self.candidates]
 
     def record(self, rollouts, step):
-        """Rollouts of the slow phase made at the weights that the prompts were scored at, as in the first step after a fast phase, are
-        scores like others: the next search reads them if no update moved the weights until then. What was asked without one of its
-        prompt's examples is none."""
+        """Rollouts of the slow phase made at the weights that the prompts were scored at, as in the first step after a fast
+        phase, are scores like others: the next search reads them if no update moved the weights until then. What was asked
+        without one of its prompt's examples is none."""
         for c in set(self.candidates):
             for r in rollouts:
                 if r.context == c.context and step in c.scores:
@@ -216,7 +216,8 @@ def general_sentences(feedback):
     word, of two problems or more: those speak of the task, the others of one problem; what holds a digit may speak of one, too."""
     said = Counter(sentence for texts in feedback.values() for sentence in
                    {s.strip() for text in texts for s in re.split(r"(?<=[.!?])\s+|\n", text)})
-    return sorted(s for s, count in said.items() if count > 1 and s.endswith((".", "!")) and len(s.split()) > 3 and not re.search(r"\d", s))
+    whole = lambda s: s.endswith((".", "!")) and len(s.split()) > 3
+    return sorted(s for s, count in said.items() if count > 1 and whole(s) and not re.search(r"\d", s))
 
 
 def lessons_of(system):
@@ -238,9 +239,10 @@ def readable(context):
 def reflection(context, rollouts):
     """The chat that asks for a better instruction."""
     quote = lambda text, limit=1000: MARKUP.sub("", printable(text)).replace("```", "'''").strip()[:limit]
-    cases = "\n\n".join(f"Question: {quote(r.problem.question)}\nResponse: {quote(r.text)}\nFeedback: {quote(r.feedback)}" for r in rollouts)
+    case = lambda r: f"Question: {quote(r.problem.question)}\nResponse: {quote(r.text)}\nFeedback: {quote(r.feedback)}\n\n"
     return [{"role": "system", "content": "You improve the instructions that a language model is given."},
-            {"role": "user", "content": f"The current instruction:\n```\n{quote(context.system, None)}\n```\n\nHow the model did with it:\n\n{cases}\n\n"
+            {"role": "user", "content": f"The current instruction:\n```\n{quote(context.system, None)}\n```\n\n"
+             f"How the model did with it:\n\n{''.join(map(case, rollouts))}"
              "Write a better instruction. Edit the current one in place: keep what works, and add what the feedback teaches that "
              "holds for every question of this kind. Do not quote any question, number or answer from above. "
              "End with the whole new instruction between ``` and ```."}]
@@ -285,7 +287,7 @@ class Search:
         self.liking, self.mates = {}, {}            # candidate -> each probe's log-prob under it; context -> its further parents
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
         ids = {p.id for p in self.anchors}
-        for c in self.candidates:                                       # of other weights, or on other problems, scores do not count
+        for c in self.candidates:                                       # scores of other weights or problems do not count
             c.scores = {step: {p: rewards for p, rewards in c.scores.get(step, {}).items() if p in ids}}
             c.verdict, c.reason = "carried", ""
         for record in population.operators.values():                    # older weights' experience fades
@@ -330,7 +332,8 @@ class Search:
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)
         shown = {e.problem_id for c in self.candidates for e in c.context.examples}
         known = [p for p in self.anchors if p.id in self.solutions and p.id not in shown]
-        self.probes = [(p, self.solution(p.id).answer) for p in known[:min(PROBES, len(self.anchors) // 4)]] if self.likelihood else []
+        known = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
+        self.probes = [(p, self.solution(p.id).answer) for p in known]
         self.like(self.candidates)
 
     def estimate(self, candidate):
@@ -357,8 +360,8 @@ class Search:
         reward = {parent: sum(r.reward for r in traces[parent]) for parent in parents}
         parents = [parent for parent in parents if reward[parent] < len(traces[parent])]      # a perfect one cannot be beaten
 
-        # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which tells
-        #    nothing and at a hard start is the rule, the likelihood of known solutions decides.
+        # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which
+        #    tells nothing and at a hard start is the rule, the likelihood of known solutions decides.
         children = self.propose(parents, traces, width) if parents else []
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
@@ -400,7 +403,8 @@ class Search:
 
     def propose(self, parents, traces, width):
         """Up to `width` children to be asked: list of (candidate, parent). traces: the rollouts of each parent's minibatch."""
-        self.sentences = [s for s in map(printable, general_sentences(self.feedback)) if not leaks(s, self.anchors) and not MARKUP.search(s)]
+        sentences = map(printable, general_sentences(self.feedback))
+        self.sentences = [s for s in sentences if not leaks(s, self.anchors) and not MARKUP.search(s)]
         slots = [name for name, record in self.population.operators.items() if not any(record)]       # each has a first chance
         slots = [*slots, *(self.draw_operator() for _ in range(width - len(slots)))][:width]
         slots = Counter((name, self.rng.choice(parents)) for name in slots)
@@ -427,7 +431,8 @@ class Search:
         diff = list(difflib.unified_diff(readable(parent.context), readable(context), n=0, lineterm=""))[2:]
         changes = [f"{line[0]} {line[1:]}" for line in diff if line[0] in "+-"]
         parents = (parent.id, *self.mates.get(context, ()))
-        child = Candidate(self.population.proposed, context, parents, operator, self.step, verdict, reason, changes, {self.step: {}})
+        child = Candidate(self.population.proposed, context, parents, operator, self.step, verdict, reason, changes,
+                          {self.step: {}})
         self.population.proposed += 1
         self.candidates.append(child)
         return child
@@ -451,13 +456,14 @@ class Search:
         return self.add(context, parent, "rewrite")
 
     def climb(self, operator, parent, barred, slots):
-        """Up to `slots` children of the parent by one operator. Where the likelihood of known solutions is to be had, which costs no
-        rollout, more are drafted, and the best of them are proposed."""
+        """Up to `slots` children of the parent by one operator. Where the likelihood of known solutions is to be had, which
+        costs no rollout, more are drafted, and the best of them are proposed."""
         before = {c.context for c in self.candidates}
         drafts = [operator(parent.context, barred) for _ in range(slots * (DRAFTS if self.probes else 1))]
         drafts = [d for d in dict.fromkeys(drafts) if d not in before and self.count(d) <= self.prompt_tokens]
         liking = self.likings(drafts)
-        children = [self.add(context, parent, operator.__name__) for context in sorted(drafts, key=lambda d: sum(liking[d]), reverse=True)[:slots]]
+        likeliest = sorted(drafts, key=lambda d: sum(liking[d]), reverse=True)
+        children = [self.add(context, parent, operator.__name__) for context in likeliest[:slots]]
         self.liking |= {child: liking[child.context] for child in children}
         return children
 
@@ -466,8 +472,9 @@ class Search:
         self.liking |= {c: likings[c.context] for c in candidates}
 
     def likings(self, contexts):
-        """context -> how likely the model finds each probe's known solution under it: the mean log-prob of its tokens. Not the probability, in
-        which one easy probe outweighs all others: over GSM8K's long solutions no example would show. No prompt shows a probe."""
+        """context -> how likely the model finds each probe's known solution under it: the mean log-prob of its tokens. Not the
+        probability, in which one easy probe outweighs all others: over GSM8K's long solutions no example would show. No prompt
+        shows a probe."""
         found = {context: [] for context in contexts}
         jobs = [(context, problem, answer) for context in found for problem, answer in self.probes]
         for (context, _, _), logprob in zip(jobs, self.likelihood(jobs) if jobs else []):
@@ -495,8 +502,8 @@ class Search:
         return Context(with_lessons(instruction, lessons), context.examples)
 
     def example(self, context, barred):
-        """Some of the examples stay, others are added, in most drafts as many as fit: for a small model their number counts more than which
-        they are. None of a problem that is about to score it, or whose likelihood does."""
+        """Some of the examples stay, others are added, in most drafts as many as fit: for a small model their number counts more
+        than which they are. None of a problem that is about to score it, or whose likelihood does."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
         barred = barred | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
@@ -534,7 +541,7 @@ class Search:
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
         whole = {c: self.missing(c) == 0 for c in mean}
 
-        # 1. Who is less than half as good as the best would only take rollouts away from it: such a place goes to a better one again.
+        # 1. Who is less than half as good as the best would only take rollouts away from it: the place goes to a better one again.
         best = max(mean[c] for c in pool)
         mean = {c: value for c, value in mean.items() if value >= best / 2}
 
@@ -544,8 +551,8 @@ class Search:
             first.setdefault((c.context.system, frozenset(c.context.examples)), c)
         pool = [c for c in first.values() if c in pool]
 
-        # 3. The cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by two more. Who is not known in full
-        #    cannot win.
+        # 3. The cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by two more. Who is not known in
+        #    full cannot win.
         rewards = lambda c, p: c.scores[self.step].get(p.id, [])
         estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]
         means = [(mean[c] - (not whole[c]), sum(self.liking[c])) for c in pool]      # equally good ones: the likelier
@@ -568,8 +575,8 @@ class Search:
 
 
 def show(rows):
-    """Rows of prompts.jsonl (Candidate.to_json) -> the family tree as text, each prompt with its last verdict, its mean at each weight
-    step, and what it changed in its parent."""
+    """Rows of prompts.jsonl (Candidate.to_json) -> the family tree as text, each prompt with its last verdict, its mean at each
+    weight step, and what it changed in its parent."""
     latest, means, children = {}, defaultdict(dict), defaultdict(list)
     for row in rows:
         latest[row["id"]] = row

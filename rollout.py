@@ -4,7 +4,8 @@ What the model is asked, how it answers, and how the answer is graded.
   Task      problems in three splits that share none; `grade` gives a reward and says what was wrong
   Sampler   draws answers, many rows at a time, over prefixes that are run once, with one uniform per token drawn ahead
   ask       (context, problem) pairs -> graded Rollouts
-  score     the log-probs of given answers, with gradient: what the sampler computed, all tokens at once
+  score     the log-probs of given answers, with gradient: what the sampler computed, all tokens at once; `divergence`, how far two
+            models are apart on them
 """
 import hashlib
 import http.client
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Layout, attention, token_logprobs
+from model import Layout, attention, token_kl, token_logprobs
 
 try:                          # comes with PyTorch for CUDA
     import triton
@@ -96,7 +97,8 @@ def parse_number(text):
     if re.search(r"\d\s?[²³¹⁰-⁹¼-¾⅐-⅞]|[√¼-¾⅐-⅞]\s?\d", text):       # but 12 m² is 12
         return None
     sides = [NUMBER.findall(side) for side in text.split("=")]
-    values = {Decimal(re.sub(r"[,\s$€£]", "", number).translate({ord("−"): "-", ord("–"): "-"})) for side in sides for number in side}
+    exact = lambda number: Decimal(re.sub(r"[,\s$€£]", "", number).translate({ord("−"): "-", ord("–"): "-"}))
+    values = {exact(number) for side in sides for number in side}
     return values.pop() if len(values) == 1 and max(map(len, sides)) == 1 else None
 
 
@@ -189,7 +191,8 @@ STORIES = [     # things; where they are, unless they are a person's; wordings o
 
 
 class Arithmetic(Generated):
-    """Word problems of `level` steps: first a sum or product of two numbers from 2 to 9, or a difference within ten; then by up to 20."""
+    """Word problems of `level` steps: first a sum or product of two numbers from 2 to 9 or a difference within ten, then by up to
+    20."""
     name, levels, asked = "arithmetic", 8, "the number and nothing else"
 
     def make(self, rng, level):
@@ -461,7 +464,7 @@ def share(prompts):
     lengths = [0, *itertools.accumulate(map(len, prompts))]
     common = [next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), min(len(x), len(y)))
               for x, y in itertools.pairwise(prompts)]
-    best = [(0, 0, 0)]                                          # for the first n prompts: tokens kept, start of the last run, its prefix
+    best = [(0, 0, 0)]                                # for the first n prompts: tokens kept, start of the last run, its prefix
     for stop in range(1, len(prompts) + 1):
         prefix, options = len(prompts[stop - 1]) - 1, []
         for start in reversed(range(stop)):
@@ -500,7 +503,8 @@ class Block:
     def __init__(self, rows, prompts, paths, cache):
         """rows: ids, sorted by prompt; prompts, paths: of each row, its tokens and where they lie in the prefill's `cache`,
         a list of (k, v) [tokens, kv_heads, head_dim] per layer."""
-        runs = [(first, stop, prefix if stop - first > 1 else 0) for first, stop, prefix in share(prompts)]     # a lone row shares nothing
+        # a lone row shares nothing
+        runs = [(first, stop, prefix if stop - first > 1 else 0) for first, stop, prefix in share(prompts)]
         device, dtype = cache[0][0].device, cache[0][0].dtype
         P, S = len(runs), max(stop - first for first, stop, _ in runs)
         far = max(prefix for _, _, prefix in runs)
@@ -526,7 +530,7 @@ class Block:
         self.slot = torch.tensor(slot, device=device)                                         # [live], p * S + s
         self.prompt = torch.tensor([len(p) for p in prompts], device=device)                  # [live], in tokens
         self.new = torch.zeros(1, dtype=torch.long, device=device)                            # number of tokens sampled so far
-        self.count, self.near = 0, near                                                       # count: the same, without asking the device
+        self.count, self.near = 0, near                                                       # count: new, known to the CPU
         self.first = rows[0]                                                                  # which no other block of the call has
 
     def keep(self, alive):
@@ -567,7 +571,7 @@ class Block:
         vacant = len(self.slot) < P * S
         padded = q.new_zeros(P * S, *q.shape[1:]).index_copy_(0, self.slot, q) if vacant else q
         out = attention(padded.view(P, S, 1, *q.shape[1:]), *self.own[index], self.mask, self.shared[index]).view(P * S, -1)
-        return out.index_select(0, self.slot) if vacant else out                                           # [live, heads * head_dim]
+        return out.index_select(0, self.slot) if vacant else out                              # [live, heads * head_dim]
 
 
 class Sampler:
@@ -615,7 +619,8 @@ class Sampler:
         self.model.eval()
         waiting = sorted(range(len(prompts)), key=lambda row: prompts[row])      # neighbours share prefixes
         blocks = []
-        with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="row") as bar, self.model.packing():
+        bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="row")
+        with bar, self.model.packing():
             while waiting or blocks:
                 free = self.slots - sum(len(block.row) for block in blocks)
                 if waiting and free >= min(len(waiting), self.slots / 2):
@@ -662,7 +667,7 @@ class Sampler:
         """One more token for every live row.
 
         On CUDA the step is captured as a graph and replayed until the layout of rows and cache changes: its kernels, more than a
-        thousand, then cost one launch. A layout's first step runs as it is, since libraries cannot set themselves up in a capture."""
+        thousand, then cost one launch. A layout's first step runs as it is: libraries cannot set themselves up in a capture."""
         for block in blocks:
             if block.full():
                 block.grow(min(self.room, self.tokens.shape[1] - block.count))
@@ -757,9 +762,9 @@ def examine(sampler, task, contexts, problems, samples, max_new_tokens, seed=0, 
     return [[[next(rollouts) for _ in range(rows)] for _ in problems] for _ in contexts]
 
 
-def score(model, rows, temperature=1.0):
-    """rows: list of (prompt, tokens) ids -> log-probs and entropies [all rows' tokens, one row after another], the prompts'
-    common prefixes run once, and with gradient where it is on: the same forward as the sampler's, all tokens known."""
+def answer_states(model, rows):
+    """rows: list of (prompt, tokens) ids -> the last hidden states that predict all rows' tokens, one row after another, [tokens,
+    hidden], and these tokens. The prompts' common prefixes are run once: the same forward as the sampler's, all tokens known."""
     prompts = sorted({tuple(prompt) for prompt, _ in rows})
     segments, last = prefix_segments(prompts)
     tails = {}                                                     # a completion's last token predicts nothing
@@ -774,5 +779,15 @@ def score(model, rows, temperature=1.0):
         if row in tails:
             predictors += range(layout.slices[tails[row]].start, layout.slices[tails[row]].stop)
     hidden = model.hidden(layout.tokens, layout.positions, layout.attend)
-    targets = torch.tensor([token for _, tokens in rows for token in tokens], device=hidden.device)
-    return token_logprobs(model, hidden[predictors], targets, temperature)
+    return hidden[predictors], torch.tensor([token for _, tokens in rows for token in tokens], device=hidden.device)
+
+
+def score(model, rows, temperature=1.0):
+    """rows as above -> log-probs and entropies [all rows' tokens], with gradient where it is on."""
+    return token_logprobs(model, *answer_states(model, rows), temperature)
+
+
+@torch.no_grad()
+def divergence(model, other, rows):
+    """rows as above -> KL(model || other) after each prefix of the answers, [all rows' tokens], nats."""
+    return token_kl(model, answer_states(model, rows)[0], other, answer_states(other, rows)[0])

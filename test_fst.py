@@ -1844,8 +1844,8 @@ def test_each_row_is_trained_under_its_own_prompt(tiny_run):
 
 
 def test_kl_to_the_base_is_under_the_answers_own_prompts(tiny_run):
-    """15: exactly 0 at the start, whatever the prompt; later the k3 of transformers' log-probs of both weights, each answer under the prompt
-    that it was given under."""
+    """15: exactly 0 at the start, whatever the prompt; later that of transformers' distributions of both weights over the vocabulary, each
+    answer under the prompt that it was given under."""
     run = tiny_run("--eval-problems", 8)
     run.population = reflect.Population([Context("another prompt altogether"), Context("b")])
     assert run.evaluate(0, "val", 8)["kl_base"] == 0.0
@@ -1860,11 +1860,12 @@ def test_kl_to_the_base_is_under_the_answers_own_prompts(tiny_run):
         patch.setattr(fst, "examine", lambda *arguments: asked.append(examine(*arguments)) or asked[-1])
         row = run.evaluate(0, "val", 8)
     for key, under, system in zip(("kl_base", "seed_kl_base"), asked[0], ("another prompt altogether", run.tasks[0].seed_prompt)):
-        judged = [rollouts[1] for rollouts in under[::4]]                       # the first sampled answer
-        assert len(judged) == 2 and all(r.prompt == tuple(run.tokenizer.chat(Context(system).messages(r.problem.question))) for r in judged)
+        judged = [rollouts[1] for rollouts in under[::2]]                       # the first sampled answer
+        assert len(judged) == 4 and all(r.prompt == tuple(run.tokenizer.chat(Context(system).messages(r.problem.question))) for r in judged)
         with torch.no_grad():
-            d = torch.cat([alone(base, r.prompt, r.tokens)[0] - alone(moved, r.prompt, r.tokens)[0] for r in judged])
-        assert row[key] == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-3) and row[key] > 0.01
+            every = lambda m, r: m(torch.tensor([[*r.prompt, *r.tokens]])).logits[0, len(r.prompt) - 1:-1].log_softmax(-1)      # [tokens, vocab]
+            kl = torch.cat([(every(moved, r).exp() * (every(moved, r) - every(base, r))).sum(-1) for r in judged])
+        assert row[key] == pytest.approx(kl.mean().item(), rel=1e-3) and row[key] > 0.01
 
 
 def test_batches_are_a_function_of_seed_and_step(tiny_run):
@@ -2252,7 +2253,7 @@ def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
     flags[flags.index(prompt)] = "Answer with the number."                                  # the same prompt, said otherwise
     assert run_fst(tmp_path, *flags).code == 0
     data.write_text(data.read_text().replace('"answer": 8}', '"answer": 9}'))
-    assert "problems of jsonl:sums.jsonl were changed" in one_sentence(run_fst(tmp_path, *flags, check=False))
+    assert "the data of jsonl:sums.jsonl was changed" in one_sentence(run_fst(tmp_path, *flags, check=False))
     (tmp_path / "more").mkdir()
     shutil.copy(data, tmp_path / "more")
     assert "one name" in one_sentence(run_fst(tmp_path, *SHORT, "--task", "jsonl:sums.jsonl,jsonl:more/sums.jsonl", "--out", tmp_path / "two", check=False))
