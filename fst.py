@@ -143,7 +143,7 @@ def resolve(config):
             max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
             micro_batch=1280 if cpu and plain else 0, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=1 if cpu else 4,
-            prompt_tokens=((640 if c.method == "gepa" else 320) if plain else 1024) if cpu else 2048,
+            prompt_tokens=(320 if plain and c.method != "gepa" else 1024) if cpu else 2048,
             reflection_tokens=96 if cpu else 1024, memory=8.0 if cpu else 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]).items():
         if getattr(c, field) is None:
             setattr(c, field, value)

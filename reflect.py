@@ -518,12 +518,13 @@ class Search:
         return merged
 
     def fit(self, system, examples):
-        """In random order, without as many of the longest examples as the token limit asks for, so that many fit."""
-        examples = sorted(examples, key=lambda e: len(e.question) + len(e.answer))
-        while examples and self.count(Context(system, tuple(examples))) > self.prompt_tokens:
-            examples.pop()
-        self.rng.shuffle(examples)
-        return Context(system, tuple(examples))
+        """In random order, each example that still fits the token limit when its turn comes. Not the shortest first, though more
+        would fit: short questions are alike, and teach less."""
+        fitting = ()
+        for example in self.rng.sample(examples, len(examples)):
+            if self.count(Context(system, (*fitting, example))) <= self.prompt_tokens:
+                fitting += (example,)
+        return Context(system, fitting)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

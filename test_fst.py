@@ -3295,18 +3295,22 @@ def test_examples_are_solutions_that_were_told_or_verified():
     assert all(count(c.context) <= 60 for c in everyone) and any(c.context.examples for c in everyone)
 
 
-def test_drafts_fill_the_limit_with_the_shorter_examples():
-    """Of what is drawn the longest leave until it fits: the slow form adds the shortest while they fit. From a bare prompt 2 of 5 drafts are full."""
+def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
     search = reflect.Search(Population([Context("")]), problems(48), None, None, None, count, 0, 0, 0, 200)
     search.probes, pool = [], [Example(p.question, "word " * (1 + i), p.id) for i, p in enumerate(problems(48))]
     search.solutions = {e.problem_id: {"reference": e} for e in pool}
-    for _ in range(50):
-        drawn, kept = search.rng.sample(pool, search.rng.randint(0, 20)), []
-        for e in sorted(drawn, key=lambda e: len(e.answer)):
-            if count(Context("Be brief.", (*kept, e))) > 200:
-                break
-            kept.append(e)
-        assert set(search.fit("Be brief.", drawn).examples) == set(kept)
+    for _ in range(50):                                   # what is left out does not fit any more
+        drawn = search.rng.sample(pool, search.rng.randint(0, 20))
+        kept = search.fit("Be brief.", drawn)
+        assert count(kept) <= 200 and set(kept.examples) <= set(drawn)
+        assert all(count(Context("Be brief.", (*kept.examples, e))) > 200 for e in set(drawn) - set(kept.examples))
+    # of examples of two words and of ten times as many, room for five of the long: the long come first as often as the short
+    mixed = [Example(p.question, "word " * (2 if i % 2 else 20), p.id) for i, p in enumerate(problems(20))]
+    search.prompt_tokens = count(Context("", tuple(mixed[:10:2])))
+    first = Counter(search.fit("", mixed).examples[0].answer for _ in range(400))
+    assert 160 < first["word " * 20] < 240                # 4 standard deviations around 200
+    search.prompt_tokens = 200
+    # from a bare prompt 2 of 5 drafts ask for more than fits
     drafts = [search.example(Context(""), set()) for _ in range(400)]
     assert 0.33 < sum(count(d) > 200 - 49 - 20 for d in drafts) / 400 < 0.6 and max(map(count, drafts)) <= 200
 
