@@ -98,7 +98,7 @@ class Config:
     warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
     kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
     micro_batch: int = setting(None, "tokens in one forward and backward pass; auto (0): as many, and as many slots, as fit",
-                               "ours: auto; 1280 for arithmetic on a CPU")
+                               "ours: auto; 1280 where arithmetic trains on a CPU")
     memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
@@ -137,13 +137,14 @@ def resolve(config):
     if not cpu:                                           # graphs and Triton's kernels go to the current device
         torch.cuda.set_device(torch.device(c.device).index or 0)
     plain = all(name == "arithmetic" for name in names)
+    short = cpu and plain and c.method != "gepa"          # training's passes are to be short; prompts alone may be longer
     for field, value in dict(
             steps=(9 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32, group=12 if cpu else 16,
             prompts=2 if cpu else 4,
             max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
-            micro_batch=1280 if cpu and plain else 0, eval_every=c.cycle, save_every=c.cycle,
+            micro_batch=1280 if short else 0, eval_every=c.cycle, save_every=c.cycle,
             eval_problems=64 if cpu else 256, eval_samples=1 if cpu else 4,
-            prompt_tokens=(320 if plain and c.method != "gepa" else 1024) if cpu else 2048,
+            prompt_tokens=320 if short else 1024 if cpu else 2048,
             reflection_tokens=96 if cpu else 1024, memory=8.0 if cpu else 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]).items():
         if getattr(c, field) is None:
             setattr(c, field, value)
@@ -360,22 +361,29 @@ def micro_batches(rows, limit):
 
 
 @torch.no_grad()
-def score_all(model, rows, temperature, limit):
-    """score() in micro-batches, without gradient: a list of log-probs [tokens] per row."""
+def in_micro_batches(function, rows, limit):
+    """function(some of the rows) -> a value for each token of theirs, one row after another. Called micro-batch by micro-batch,
+    without gradient: a list of values [tokens] per row."""
     out = [None] * len(rows)
     for batch in micro_batches(rows, limit):
-        logprobs, _ = score(model, [rows[i] for i in batch], temperature)
-        for i, part in zip(batch, logprobs.split([len(rows[i][1]) for i in batch])):
+        values = function([rows[i] for i in batch])
+        for i, part in zip(batch, values.split([len(rows[i][1]) for i in batch])):
             out[i] = part
     return out
+
+
+def score_all(model, rows, temperature, limit):
+    """The log-probs of score(), [tokens] per row."""
+    return in_micro_batches(lambda part: score(model, part, temperature)[0], rows, limit)
 
 
 def drift(model, base, rollouts, limit):
     """KL(model || base) on the model's own rollouts, each under its own prompt: mean over their tokens, nats. Exact over the
     vocabulary at every token: `kl_k3` of few answers is mostly noise, as one unlikely token outweighs all others."""
+    if model is base:
+        return 0.0
     rows = [(r.prompt, r.tokens) for r in rollouts]
-    batches = [[rows[i] for i in batch] for batch in micro_batches(rows, limit)]
-    return torch.cat([divergence(model, base, batch) for batch in batches]).mean().item() if model is not base else 0.0
+    return torch.cat(in_micro_batches(lambda part: divergence(model, base, part), rows, limit)).mean().item()
 
 
 def kl_k3(logprobs, other):
@@ -1019,8 +1027,9 @@ def check(config):
         print("time: not estimated for CUDA")
 
 
-def evaluate_folder(folder, changes):
-    """The 2x2 of a finished or unfinished run from what its folder holds, nothing in it changed; `changes` of its configuration."""
+def open_folder(folder, changes={}):
+    """A finished or unfinished run to evaluate: its weights and its prompts, nothing in its folder changed; `changes` of its
+    configuration."""
     _, c = stored_config(folder, changes)
     path = Path(folder) / "checkpoint" / "prompts.json"
     with reading(path):
@@ -1033,8 +1042,7 @@ def evaluate_folder(folder, changes):
     run.population = population
     if run.model.config.vocab_size != run.base.config.vocab_size:
         raise ValueError(f"{folder}: its checkpoint's vocabulary is not that of {c.model}")
-    for task in range(len(run.tasks)):
-        say(table(run.evaluate(task, "test", 2 * c.eval_problems)))
+    return run
 
 
 def complain(text):
@@ -1057,7 +1065,9 @@ def main(argv=None):
             plot(actions["plot"], Path(actions["plot"][0]) / "curves.png")
             print(f"drawn: {Path(actions['plot'][0]) / 'curves.png'}")
         elif actions["eval"]:
-            evaluate_folder(actions["eval"], given)
+            run = open_folder(actions["eval"], given)
+            for task in range(len(run.tasks)):            # the 2x2
+                say(table(run.evaluate(task, "test", 2 * run.config.eval_problems)))
         elif actions["show_prompts"]:
             path = Path(actions["show_prompts"]) / "prompts.jsonl"
             with reading(path):

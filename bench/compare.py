@@ -79,7 +79,7 @@ def main():
             parser.error(f"{flag} is this command's own to give")
     if sys.argv[1] != options.task:
         parser.error("the task comes first")
-    name = options.name or options.task.replace(":", "-").replace("/", "-").replace(",", "+")
+    name = options.name or options.task.translate(str.maketrans(":/,", "--+"))
     if options.change and not name.endswith(f"-{options.change}"):            # else runs with and without it would resume each other
         name += f"-{options.change}"
     environment = os.environ | ({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {})

@@ -7,7 +7,6 @@ and size goes to results/bench_drift.jsonl.
     python bench/drift.py runs/compare/star-drift/*-?
 """
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -17,22 +16,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
-from model import load                                                    # noqa: E402
-from reflect import Population                                            # noqa: E402
-from rollout import Context, Sampler, ask, divergence, get_task          # noqa: E402
+from rollout import Sampler, ask, divergence                                   # noqa: E402
 from sampler import record                                                # noqa: E402
 
 
-@torch.no_grad()
-def estimates(model, base, rollouts, limit=1280):
+def estimates(run, rollouts, limit=1280):
     """Per rollout, [tokens] each: k3 of its tokens, and the exact KL where they were sampled."""
     rows = [(r.prompt, r.tokens) for r in rollouts]
-    exact = [None] * len(rows)
-    for batch in fst.micro_batches(rows, limit):
-        parts = divergence(model, base, [rows[i] for i in batch]).split([len(rows[i][1]) for i in batch])
-        for i, part in zip(batch, parts):
-            exact[i] = part
-    scored = (fst.score_all(m, rows, 1.0, limit) for m in (model, base))
+    scored = (fst.score_all(model, rows, 1.0, limit) for model in (run.model, run.base))
+    exact = fst.in_micro_batches(lambda part: divergence(run.model, run.base, part), rows, limit)
     return {"k3": [fst.kl_k3(*pair) for pair in zip(*scored)], "exact": exact}
 
 
@@ -41,20 +33,16 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs of one task")
     parser.add_argument("--problems", type=int, default=128)
     options = parser.parse_args()
-    for run in options.runs:
-        _, c = fst.stored_config(run)
-        model, tokenizer = load(str(run / "checkpoint"), c.device, getattr(torch, c.dtype))
-        base, _ = load(c.model, c.device, getattr(torch, c.dtype))
-        task = get_task(c.task, c.level, c.data or None, c.seed_prompt or None)
-        population = Population.from_json(json.loads((run / "checkpoint" / "prompts.json").read_text(encoding="utf-8")))
-        context = Context(task.seed_prompt) if c.method == "rl" else population.contexts[0]
+    for folder in options.runs:
+        run, name = fst.open_folder(folder), "/".join(folder.resolve().parts[-2:])
+        task, context = run.tasks[0], run.contexts(0)[0]
         problems = random.Random("drift").sample(task.problems("val"), options.problems)
-        rollouts = ask(Sampler(model, tokenizer), task, [(context, p) for p in problems], c.max_new_tokens)
-        for name, parts in estimates(model, base, rollouts).items():
+        rollouts = ask(Sampler(run.model, run.tokenizer), task, [(context, p) for p in problems], run.config.max_new_tokens)
+        for estimate, parts in estimates(run, rollouts).items():
             for size in (16, 32, options.problems):
                 means = [torch.cat(parts[i:i + size]).mean().item() for i in range(0, len(parts), size)]
-                print(f"{'/'.join(run.resolve().parts[-2:]):24} {name:6} {size:4d} answers: {min(means):.4f} to {max(means):.4f}", flush=True)
-                record("bench_drift.jsonl", run="/".join(run.resolve().parts[-2:]), estimate=name, answers=size, means=means)
+                print(f"{name:24} {estimate:6} {size:4d} answers: {min(means):.4f} to {max(means):.4f}", flush=True)
+                record("bench_drift.jsonl", run=name, estimate=estimate, answers=size, means=means)
 
 
 if __name__ == "__main__":

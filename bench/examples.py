@@ -1,0 +1,79 @@
+"""
+What worked examples are worth to a model whose weights stand still: how many there are, and which of those drawn fill a token limit, in
+random order or the shortest first. In each condition `--draws` contexts of training problems with their reference solutions; under each the
+same held-out problems, one sampled answer. One row per condition goes to results/bench_examples.jsonl.
+
+    FST_DATA=... python bench/examples.py --task arithmetic gsm8k
+"""
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from model import load                                                    # noqa: E402
+from rollout import Context, Example, Sampler, ask, extract_answer, get_task    # noqa: E402
+from sampler import record                                                # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def fill(count, system, examples, limit):
+    """The examples, in the order given, that still fit the limit when their turn comes."""
+    kept = ()
+    for example in examples:
+        if count(Context(system, (*kept, example))) <= limit:
+            kept += (example,)
+    return kept
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", default=["arithmetic", "gsm8k"])
+    parser.add_argument("--numbers", type=int, nargs="*", default=[1, 2, 4, 8, 16, 24], help="of examples, without a limit on tokens")
+    parser.add_argument("--limits", type=int, nargs="*", default=[320, 640, 1024], help="in tokens of a context, filled in both orders")
+    parser.add_argument("--drawn", type=int, nargs="*", default=[16, 48], help="examples of which those that fit are taken")
+    parser.add_argument("--draws", type=int, default=8, help="contexts in a condition")
+    parser.add_argument("--problems", type=int, default=96, help="held-out problems that each is asked")
+    parser.add_argument("--max-new-tokens", type=int, default=192, help="limit of an answer; of arithmetic 32")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    options = parser.parse_args()
+    model, tokenizer = load(options.model, "cuda" if torch.cuda.is_available() else "cpu", DTYPES[options.dtype])
+    sampler, count = Sampler(model, tokenizer), lambda context: len(tokenizer.chat(context.messages("")))
+    conditions = [(number, None, "random") for number in options.numbers]
+    conditions += [(drawn, limit, order) for limit in options.limits for drawn in options.drawn for order in ("random", "shortest")]
+    for name in options.task:
+        task = get_task(name)
+        problems = random.Random("examples").sample(task.problems("val"), options.problems)
+        most = 32 if name == "arithmetic" else options.max_new_tokens
+        room = model.config.context - most - max(len(tokenizer.encode(p.question)) for p in problems)
+        for drawn, limit, order in conditions:
+            start, contexts = time.perf_counter(), []
+            for draw in range(options.draws):             # the same draws in both orders
+                rng = random.Random(f"{drawn} {draw}")
+                examples = [Example(p.question, p.solution, p.id) for p in rng.sample(task.problems("train"), drawn)]
+                if order == "shortest":
+                    examples.sort(key=lambda e: len(e.question) + len(e.answer))
+                kept = fill(count, task.seed_prompt, examples, min(limit or room, room))
+                contexts.append(Context(task.seed_prompt, tuple(rng.sample(kept, len(kept)))))
+            answers = iter(ask(sampler, task, [(c, p) for c in contexts for p in problems], most, 1.0, 0))
+            groups = [[next(answers) for _ in problems] for _ in contexts]
+            share = lambda flag: [sum(map(flag, group)) / len(group) for group in groups]
+            right, in_form = share(lambda r: r.reward), share(lambda r: r.stopped and extract_answer(r.text) is not None)
+            row = {"task": task.name, "model": options.model, "dtype": options.dtype, "drawn": drawn, "limit": limit, "order": order,
+                   "examples": [len(c.examples) for c in contexts], "prompt_tokens": [count(c) for c in contexts],
+                   "problems": len(problems), "max_new_tokens": most, "right": right, "in_form": in_form,
+                   "seconds": time.perf_counter() - start}
+            mean = lambda values: sum(values) / len(values)
+            print(f"{task.name:12} {limit or 'no limit':>8}  {order:8} of {drawn:2d}: {mean(row['examples']):4.1f} examples  right {mean(right):5.1%}  "
+                  f"in form {mean(in_form):5.1%}  {row['seconds']:.0f} s", flush=True)
+            record("bench_examples.jsonl", **row)
+
+
+if __name__ == "__main__":
+    main()
