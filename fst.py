@@ -57,10 +57,14 @@ REFUSALS = 5              # updates in a row that are not finite before the run 
 LEAST_MICRO_BATCH = 64    # tokens; not halved below this: running out of memory then ends the run
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning
-EVAL_FLAGS = {"device", "slots", "eval_problems", "eval_samples"}     # settings of a run that --eval may override
+EVAL_FLAGS = {"device", "slots", "micro_batch", "eval_problems", "eval_samples"}      # settings of a run that --eval may override
 MOST = 1_000_000          # of anything but these: a configuration may come from a stranger
 LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
 MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
+ON_CPU = dict(steps=24, batch=8, group=12, prompts=2, max_new_tokens=128, slots=128, micro_batch=0, prompt_tokens=1024,
+              reflection_tokens=96, eval_problems=64, eval_samples=1, memory=8.0)
+ON_CUDA = dict(steps=200, batch=32, group=16, prompts=4, max_new_tokens=256, slots=512, micro_batch=0, prompt_tokens=2048,
+               reflection_tokens=1024, eval_problems=256, eval_samples=4)
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
 CHOICES = {"method": METHODS, "loss": LOSSES, "reflector": ("self", "base"), "dtype": ("auto", "float32", "bfloat16")}
@@ -80,13 +84,13 @@ class Config:
     device: str = setting("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
     dtype: str = setting("auto", "float32 or bfloat16, of all but the master weights; auto: on a CPU the faster, else bfloat16")
     # the cycle
-    steps: int = setting(None, "slow steps, for each task", "paper: not known; ours by device")
+    steps: int = setting(None, "slow steps, for each task", "paper: not known; ours by device and task")
     cycle: int = setting(6, "T: slow steps in a cycle", "paper")
     batch: int = setting(None, "problems in a slow step", "paper: 32; on a CPU 8")
     group: int = setting(None, "G: rollouts of a problem", "paper: not known; ours 16, on a CPU 12")
     prompts: int = setting(None, "K: prompts in the population", "paper: 4; on a CPU 2")
     # sampling
-    max_new_tokens: int = setting(None, "limit of an answer", "paper: not known; ours by task")
+    max_new_tokens: int = setting(None, "limit of an answer", "paper: not known; ours by device and task")
     temperature: float = setting(1.0, "of the rollouts that train; no truncation, so that the loss knows the sampling policy")
     slots: int = setting(None, "rows decoded at once", "ours by device")
     # slow weights
@@ -102,7 +106,7 @@ class Config:
     memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
-    prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device: training runs through it")
+    prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device, task and method")
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "self: the current weights; base: the frozen starting weights", "paper: a frozen model")
     # evaluation and files
@@ -136,16 +140,16 @@ def resolve(config):
     cpu = c.device == "cpu"
     if not cpu:                                           # graphs and Triton's kernels go to the current device
         torch.cuda.set_device(torch.device(c.device).index or 0)
-    plain = all(name == "arithmetic" for name in names)
-    short = cpu and plain and c.method != "gepa"          # training's passes are to be short; prompts alone may be longer
-    for field, value in dict(
-            steps=(9 if cpu else 48) if plain else (24 if cpu else 200), batch=8 if cpu else 32, group=12 if cpu else 16,
-            prompts=2 if cpu else 4,
-            max_new_tokens=32 if plain and c.level == 1 else 128 if cpu else 256, slots=128 if cpu else 512,
-            micro_batch=1280 if short else 0, eval_every=c.cycle, save_every=c.cycle,
-            eval_problems=64 if cpu else 256, eval_samples=1 if cpu else 4,
-            prompt_tokens=320 if short else 1024 if cpu else 2048,
-            reflection_tokens=96 if cpu else 1024, memory=8.0 if cpu else 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]).items():
+    defaults = (ON_CPU if cpu else ON_CUDA) | {"eval_every": c.cycle, "save_every": c.cycle}
+    if not cpu:
+        defaults["memory"] = 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]
+    if set(names) == {"arithmetic"}:                      # learnt soon
+        defaults["steps"] = 9 if cpu else 48
+        if c.level == 1:
+            defaults["max_new_tokens"] = 32
+        if cpu and c.method != "gepa":                    # training runs through every context, which is to be short
+            defaults |= {"prompt_tokens": 320, "micro_batch": 1280}
+    for field, value in defaults.items():
         if getattr(c, field) is None:
             setattr(c, field, value)
     c.warmup = min(10, c.steps // 4) if c.warmup is None else c.warmup
@@ -353,8 +357,9 @@ def micro_batches(rows, limit):
         if prefix + total > room:
             pieces, room = math.ceil(total / max(limit - prefix, 1)), limit
             batches += [[] for _ in range(pieces)]
+        last = batches[-pieces:]
         for i, cost in costs:
-            batches[done * pieces // total - pieces].append(i)
+            last[done * pieces // total].append(i)
             done += cost
         room -= prefix + total // pieces
     return [batch for batch in batches if batch]
@@ -362,8 +367,8 @@ def micro_batches(rows, limit):
 
 @torch.no_grad()
 def in_micro_batches(function, rows, limit):
-    """function(some of the rows) -> a value for each token of theirs, one row after another. Called micro-batch by micro-batch,
-    without gradient: a list of values [tokens] per row."""
+    """Runs function(rows) -> [their tokens], values token by token and row after row, on one micro-batch after another, without
+    gradient. Gives the values back row by row: a list of [tokens], in the order of `rows`."""
     out = [None] * len(rows)
     for batch in micro_batches(rows, limit):
         values = function([rows[i] for i in batch])
@@ -405,7 +410,7 @@ def schedule(config):
     for i in range(len(config.task.split(","))):
         slow = [("slow", i, step) for step in range(config.steps)]
         fast = [("fast", i, cycle) for cycle in range(math.ceil(config.steps / config.cycle))]
-        turns = sorted(fast + slow, key=lambda phase: phase[2] // (config.cycle if phase[0] == "slow" else 1))     # cycle by cycle
+        turns = [phase for cycle in fast for phase in (cycle, *(slow[step] for step in steps_of(config, cycle[2])))]
         phases += {"rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.get(config.method, turns)
     return phases
 
@@ -420,8 +425,8 @@ class Run:
     JOURNALS = ("metrics.jsonl", "prompts.jsonl", "rollouts.jsonl")
     PLAIN = ("micro_batch", "done", "spent", "refused", "finished")             # plain values in the saved state
 
-    def __init__(self, config, learning=True):
-        """learning=False: to evaluate only."""
+    def __init__(self, config, trained=None):
+        """trained: a checkpoint to evaluate; then nothing is learnt."""
         c = self.config = config
         self.folder = Path(c.out)
         self.tasks = [get_task(name, c.level, c.data or None, c.seed_prompt or None) for name in c.task.split(",")]
@@ -429,16 +434,18 @@ class Run:
             raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
         self.data = hashlib.sha256(repr([task.splits for task in self.tasks]).encode()).hexdigest()
         for task in self.tasks:
-            if learning and c.batch > len(task.problems("train")):
+            if not trained and c.batch > len(task.problems("train")):
                 raise ValueError(f"--batch {c.batch} is more than {task.name} has training problems")
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
         if self.tokenizer.turn_end is None:
             raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
         self.count = lambda context: len(self.tokenizer.chat(context.messages("")))                # tokens
-        self.prompt_tokens = self.room() if learning else None
-        learning = learning and c.method != "gepa"
+        self.prompt_tokens = None if trained else self.room()
+        learning = not trained and c.method != "gepa"
         self.base = copy.deepcopy(self.model).requires_grad_(False) if learning else self.model
+        if trained:
+            self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
         self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
         # the micro-batch becomes smaller once memory ran out
         _, self.micro_batch, self.slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()))
@@ -459,6 +466,8 @@ class Run:
         if longest + question + c.max_new_tokens > context:
             raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
                              f"(--max-new-tokens) do not fit the model's context of {context}")
+        if c.method != "rl" and longest > c.prompt_tokens:
+            raise ValueError(f"a seed prompt of {longest} tokens leaves none of --prompt-tokens {c.prompt_tokens} to evolve it in")
         if c.method != "rl" and c.reflection_tokens >= context:
             raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} "
                              "to reflect on")
@@ -520,7 +529,8 @@ class Run:
         # and the base model has one context to read, not K.
         K = len(self.population.contexts)
         drawn = random.Random(f"{c.seed} {self.steps_done()}").randrange(K)
-        judged = [i for i in range(len(rollouts)) if c.kl and i % c.group * K // c.group == drawn]
+        under = lambda i: i % c.group // (c.group // K)                           # the number of rollout i's prompt
+        judged = [i for i in range(len(rollouts)) if c.kl and under(i) == drawn]
         rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in judged]
         reference = dict(zip(judged, score_all(self.base, rows, c.temperature, self.micro_batch)))
 
@@ -824,7 +834,7 @@ def describe(row):
     value = lambda key: row.get(key, math.nan)            # a step without signal lacks some, as a prompt that no anchor may score
     if row["kind"] == "step":
         return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  "
-                f"length {row['length']:.0f}  entropy {value('entropy'):.2f}  KL base {value('kl_reference'):.4f}  "
+                f"length {row['length']:.0f}  entropy {value('entropy'):.2f}  KL reference {value('kl_reference'):.4f}  "
                 f"|grad| {value('gradient_norm'):.2f}  lr {value('lr'):.1e}  "
                 f"{row['tokens_per_second']:.0f} tok/s  {row['sample_seconds']:.0f}+{row['train_seconds']:.0f} s")
     if row["kind"] == "eval":
@@ -932,7 +942,7 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
         kind = tokens if field.name == "micro_batch" else field.type
-        default = "by device and task" if field.default is None else field.default
+        default = "see --check" if field.default is None else field.default
         text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
         parser.add_argument(flag(field.name), type=kind, default=field.default, help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds and start anew")
@@ -1037,8 +1047,7 @@ def open_folder(folder, changes={}):
         texts = [text for x in population.contexts for text in (x.system, *(t for e in x.examples for t in vars(e).values()))]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("its prompts are not texts")
-    run = Run(c, learning=False)
-    run.model, _ = load(str(Path(folder) / "checkpoint"), c.device, getattr(torch, c.dtype))
+    run = Run(c, Path(folder) / "checkpoint")
     run.population = population
     if run.model.config.vocab_size != run.base.config.vocab_size:
         raise ValueError(f"{folder}: its checkpoint's vocabulary is not that of {c.model}")
@@ -1090,8 +1099,8 @@ def main(argv=None):
         named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not named and not re.search("(not enough|allocate) memory", str(error)):
             raise
-        return complain("out of memory: what was saved is kept; try a smaller --micro-batch, --slots, --eval-problems or --model "
-                        f"({str(error).strip().partition(chr(10))[0]})")
+        return complain("out of memory: what was saved is kept; try a smaller --micro-batch, --slots, --eval-problems or --model, "
+                        f"and for a run another --out ({str(error).strip().partition(chr(10))[0]})")
     except KeyboardInterrupt:
         return 130
     finally:

@@ -44,7 +44,6 @@ class Candidate:
     context: Context
     parents: tuple[int, ...] = ()
     operator: str = "seed"
-    born: int = 0                                         # weight step
     verdict: str = "carried"                              # carried, accepted, failed, rejected
     reason: str = ""
     changes: list[str] = field(default_factory=list)      # lines added to and removed from the first parent
@@ -61,7 +60,7 @@ class Candidate:
         return [p for p in problems if p.id not in own]
 
     def to_json(self):
-        return {"id": self.id, "parents": list(self.parents), "operator": self.operator, "born": self.born,
+        return {"id": self.id, "parents": list(self.parents), "operator": self.operator,
                 "verdict": self.verdict, "reason": self.reason, "system": self.context.system,
                 "examples": [vars(e) for e in self.context.examples], "changes": self.changes,
                 "means": {str(step): self.mean(step) for step in self.scores},
@@ -70,7 +69,7 @@ class Candidate:
     @staticmethod
     def from_json(row):
         return Candidate(row["id"], Context(row["system"], tuple(Example(**e) for e in row["examples"])), tuple(row["parents"]),
-                         row["operator"], row["born"], row["verdict"], row["reason"], row["changes"],
+                         row["operator"], row["verdict"], row["reason"], row["changes"],
                          {int(step): {p: list(rewards) for p, rewards in cells.items()} for step, cells in row["scores"].items()})
 
 
@@ -229,6 +228,11 @@ def with_lessons(instruction, lessons):
     return "\n".join([instruction] * bool(instruction) + [f"- {lesson}" for lesson in lessons])
 
 
+def content(context):
+    """What makes a prompt the same as another: its texts, in whatever order its examples stand."""
+    return context.system, frozenset(context.examples)
+
+
 def readable(context):
     """The context as lines, for diffs and for people."""
     turns = [(f"Q: {' '.join(e.question.split())}", f"A: {' | '.join(e.answer.splitlines())}") for e in context.examples]
@@ -378,7 +382,7 @@ class Search:
         self.measure(best, self.anchors)
         self.contenders += best
         self.waiting = [c for c in self.waiting if c not in best]
-        for child, parent in children:
+        for child, parent in children:                    # accepted but not yet scored is a success, too
             better = child in self.waiting or child in self.contenders and self.estimate(child) > self.estimate(parent)
             self.population.operators[child.operator][0 if better else 1] += 1
         return True
@@ -430,9 +434,8 @@ class Search:
         """A new candidate; one that is not asked, or does not get past the gate, keeps its verdict."""
         diff = list(difflib.unified_diff(readable(parent.context), readable(context), n=0, lineterm=""))[2:]
         changes = [f"{line[0]} {line[1:]}" for line in diff if line[0] in "+-"]
-        parents = (parent.id, *self.mates.get(context, ()))
-        child = Candidate(self.population.proposed, context, parents, operator, self.step, verdict, reason, changes,
-                          {self.step: {}})
+        parents = (parent.id, *(self.mates[context] if operator == "merge" else ()))
+        child = Candidate(self.population.proposed, context, parents, operator, verdict, reason, changes, {self.step: {}})
         self.population.proposed += 1
         self.candidates.append(child)
         return child
@@ -444,7 +447,7 @@ class Search:
             context = Context(system, parent.context.examples)
             if system.split() == parent.context.system.split():
                 raise ValueError("unchanged")
-            if context in [c.context for c in self.candidates]:
+            if self.known(context):
                 raise ValueError("proposed before")
             if (size := self.count(context)) > self.prompt_tokens:
                 raise ValueError(f"too long: {size} tokens with its examples")
@@ -458,12 +461,15 @@ class Search:
     def climb(self, operator, parent, barred, slots):
         """Up to `slots` children of the parent by one operator. Where the likelihood of known solutions is to be had, which
         costs no rollout, more are drafted, and the best of them are proposed."""
-        before = {c.context for c in self.candidates}
         drafts = [operator(parent.context, barred) for _ in range(slots * (DRAFTS if self.probes else 1))]
-        drafts = [d for d in dict.fromkeys(drafts) if d not in before and self.count(d) <= self.prompt_tokens]
-        self.like(drafts)
-        drafts.sort(key=lambda context: sum(self.liking[context]), reverse=True)
-        return [self.add(context, parent, operator.__name__) for context in drafts[:slots]]
+        drafts = {content(d): d for d in drafts if not self.known(d) and self.count(d) <= self.prompt_tokens}
+        self.like(drafts.values())
+        drafts = sorted(drafts.values(), key=lambda context: sum(self.liking[context]), reverse=True)[:slots]
+        self.population.operators[operator.__name__][1] += slots - len(drafts)        # nothing new to propose is no success
+        return [self.add(context, parent, operator.__name__) for context in drafts]
+
+    def known(self, context):
+        return content(context) in {content(c.context) for c in self.candidates}
 
     def like(self, contexts):
         """Notes how likely the model finds each probe's known solution under each context: the mean log-prob of its tokens. Not
@@ -495,13 +501,13 @@ class Search:
         return Context(with_lessons(instruction, lessons), context.examples)
 
     def example(self, context, barred):
-        """Some of the examples stay, others are added, in most drafts as many as fit: for a small model their number counts more
-        than which they are. None of a problem that is about to score it, or whose likelihood does."""
+        """Some of the old examples, joined by new ones, as many as fit: for a small model their number counts more than which they
+        are. None is of a problem that is about to score the prompt, or whose likelihood does."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
         barred = barred | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
         pool = [problem_id for problem_id in self.solutions if problem_id not in barred]
-        added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 2, 4, 8, 16])))
+        added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 2, 4, 8, 16, 32])))
         return self.fit(context.system, stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added])
 
     def merge(self, context, barred):
@@ -519,7 +525,7 @@ class Search:
 
     def fit(self, system, examples):
         """In random order, each example that still fits the token limit when its turn comes. Not the shortest first, though more
-        would fit: short questions are alike, and teach less."""
+        would fit: short questions are alike, and teach less (bench/examples.py measures it)."""
         fitting = ()
         for example in self.rng.sample(examples, len(examples)):
             if self.count(Context(system, (*fitting, example))) <= self.prompt_tokens:
@@ -530,32 +536,25 @@ class Search:
 
     def finish(self, keep):
         """Spends what is left on the most promising of those not yet known in full, and keeps the best that cover the frontier."""
-        pool = self.contenders + self.waiting
-        self.measure(sorted(pool, key=self.promise, reverse=True), self.anchors)
+        able = self.contenders + self.waiting             # to win; others that were asked only fill up
+        self.measure(sorted(able, key=self.promise, reverse=True), self.anchors)
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
         whole = {c: self.missing(c) == 0 for c in mean}
 
         # 1. A prompt less than half as good as the best would only take rollouts from it: its place goes to a better one, if
         #    need be twice.
-        best = max(mean[c] for c in pool)
-        mean = {c: value for c, value in mean.items() if value >= best / 2}
+        good = [c for c in mean if mean[c] >= max(mean[a] for a in able) / 2]
+        pool = [c for c in good if c in able]
 
-        # 2. Of prompts with the same system text and the same examples in another order only the best is kept.
-        first = {}
-        for c in sorted(mean, key=lambda c: (c in pool, whole[c], mean[c]), reverse=True):
-            first.setdefault((c.context.system, frozenset(c.context.examples)), c)
-        pool = [c for c in first.values() if c in pool]
-
-        # 3. The cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by two more. A candidate that was
+        # 2. The cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by two more. A candidate that was
         #    not measured on all anchors cannot win.
         rewards = lambda c, p: c.scores[self.step].get(p.id, [])
         estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]
         means = [(mean[c] - (not whole[c]), sum(self.liking[c.context])) for c in pool]      # equally good ones: the likelier
         kept = [pool[i] for i in cover(estimates, means, [self.count(c.context) for c in pool], keep)]
 
-        # 4. Where those are fewer than K: the best of the others that were asked, then repeats.
-        others = sorted(first.values(), key=mean.get, reverse=True)
-        kept += [c for c in others if c not in kept][:keep - len(kept)]
+        # 3. Where those are fewer than K: the best of the others that were asked, then repeats.
+        kept += [c for c in sorted(good, key=mean.get, reverse=True) if c not in kept][:keep - len(kept)]
         kept += [kept[i % len(kept)] for i in range(keep - len(kept))]
         self.population.candidates = kept
         for c in self.candidates:
