@@ -1659,7 +1659,7 @@ def test_the_longest_question_fits_under_the_longest_prompt(tiny_run):
     questions = [p.question for task in run.tasks for split in ("train", "val", "test") for p in task.problems(split)]
     longest = max(len(run.tokenizer.encode(question)) for question in questions)
     assert run.prompt_tokens + longest + 8 == run.model.config.context
-    assert tiny_run("--prompt-tokens", 50, out="short").prompt_tokens == 50
+    assert tiny_run("--prompt-tokens", 100, out="short").prompt_tokens == 100
 
 
 def test_a_prompt_that_no_anchor_may_score(tiny_run):
