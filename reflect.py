@@ -30,7 +30,7 @@ from rollout import Context, Example
 
 OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
-DRAFTS = 3                # contexts drafted for each that is asked, where their likelihood is known
+DRAFTS = 2                # contexts drafted for each that is asked, where their likelihood is known: more take longer than asking
 PROBES = 16               # the most anchors whose known solutions' likelihood counts
 
 # ---------------------------------------------------------------------------------------------------------------------
