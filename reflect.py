@@ -16,7 +16,7 @@ sentence of the grader's feedback; `example`, other worked examples, from soluti
 found; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn by their success so far.
 
 After GEPA (arXiv 2507.19457). What differs, as a small model rewrites badly and rewards are 0 or 1: the other operators, many
-children a round, drafts ranked by the likelihood of known solutions, which costs no rollout, and estimates instead of raw scores.
+children a round, estimates instead of raw scores, and, where no rollout is right, the likelihood of known solutions.
 """
 import difflib
 import math
@@ -30,7 +30,6 @@ from rollout import Context, Example
 
 OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
-DRAFTS = 2                # contexts drafted for each that is asked, where their likelihood is known: more take longer than asking
 PROBES = 16               # the most anchors whose known solutions' likelihood counts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,14 +458,13 @@ class Search:
         return self.add(context, parent, "rewrite")
 
     def climb(self, operator, parent, barred, slots):
-        """Up to `slots` children of the parent by one operator. Where the likelihood of known solutions is to be had, which
-        costs no rollout, more are drafted, and the best of them are proposed."""
-        drafts = [operator(parent.context, barred) for _ in range(slots * (DRAFTS if self.probes else 1))]
-        drafts = {content(d): d for d in drafts if not self.known(d) and self.count(d) <= self.prompt_tokens}
-        self.like(drafts.values())
-        drafts = sorted(drafts.values(), key=lambda context: sum(self.liking[context]), reverse=True)[:slots]
-        self.population.operators[operator.__name__][1] += slots - len(drafts)        # nothing new to propose is no success
-        return [self.add(context, parent, operator.__name__) for context in drafts]
+        """Up to `slots` children of the parent by one operator. To draft more, and ask those under which known solutions are
+        likeliest, did not pay: reading the drafts took longer than asking them (bench/operators.py)."""
+        contexts = [operator(parent.context, barred) for _ in range(slots)]
+        new = {content(x): x for x in contexts if not self.known(x) and self.count(x) <= self.prompt_tokens}
+        self.like(new.values())
+        self.population.operators[operator.__name__][1] += slots - len(new)           # nothing new to propose is no success
+        return [self.add(context, parent, operator.__name__) for context in new.values()]
 
     def known(self, context):
         return content(context) in {content(c.context) for c in self.candidates}

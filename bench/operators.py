@@ -1,7 +1,7 @@
 """
 What each operator of the prompt evolution yields, and what ranking its drafts by likelihood is worth. A real fast phase evolves K prompts
 on one batch of problems; the search of the next batch, with the model's own callables, then proposes children of two parents, the seed
-prompt and the best evolved one, by one operator at a time. Its drafts are not selected (one is drafted for each that is asked): every
+prompt and the best evolved one, by one operator at a time. Its drafts are not selected: every
 child, whatever its likelihood and without a gate, is asked the same held-out problems, one sampled answer each, and so is its parent,
 four times. Worked examples, the operator with most choice, get more children, which are also asked their anchors: the reward there is
 the likelihood's rival, at a rollout a problem. From these any best of n is computed afterwards (results/tables.py, `proposals`).
@@ -71,7 +71,6 @@ def held_out(run, contexts, problems, seed):
 
 def study(run, seed, options):
     run.fast(0, 0)
-    reflect.DRAFTS = 1                                    # from here on nothing selects: the tables do, afterwards
     search, task = search_of(run, 1), run.tasks[0]
     if len(search.candidates) < 2:
         raise SystemExit(f"{task.name}, seed {seed}: the first fast phase kept the seed prompt alone; try more --passes")
@@ -113,11 +112,10 @@ def main():
     parser.add_argument("--prompt-tokens", type=int, help="longest prompt; arithmetic: 320, as in a whole run")
     parser.add_argument("--max-new-tokens", type=int, help="limit of an answer; by task")
     options = parser.parse_args()
-    drafts = reflect.DRAFTS
     for task in options.task:
         for seed in options.seed:
             with tempfile.TemporaryDirectory() as folder:
-                reflect.DRAFTS, length = drafts, options.prompt_tokens or (320 if task == "arithmetic" else None)
+                length = options.prompt_tokens or (320 if task == "arithmetic" else None)
                 # a cycle of one slow step, whose batch is all anchors; the steps themselves are never taken
                 arguments = {"task": task, "method": "gepa", "seed": seed, "model": options.model, "batch": options.anchors, "cycle": 1,
                              "steps": 2, "passes": options.passes, "prompt_tokens": length, "max_new_tokens": options.max_new_tokens,
