@@ -422,7 +422,7 @@ class Search:
         for (name, parent), n in slots.items():
             if name != "rewrite":
                 barred = {r.problem.id for r in traces[parent]}
-                children += [(child, parent) for child in self.climb(getattr(self, name), parent, barred, n)]
+                children += [(child, parent) for child in self.offspring(getattr(self, name), parent, barred, n)]
         return [(child, parent) for child, parent in children if child.verdict != "rejected"]
 
     def draw_operator(self, operators=OPERATORS):
@@ -457,7 +457,7 @@ class Search:
             return self.add(Context(printable(reply)[:2000], parent.context.examples), parent, "rewrite", "rejected", str(error))
         return self.add(context, parent, "rewrite")
 
-    def climb(self, operator, parent, barred, slots):
+    def offspring(self, operator, parent, barred, slots):
         """Up to `slots` children of the parent by one operator. To draft more, and ask those under which known solutions are
         likeliest, did not pay: reading the drafts took longer than asking them (bench/operators.py)."""
         contexts = [operator(parent.context, barred) for _ in range(slots)]

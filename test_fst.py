@@ -3332,9 +3332,9 @@ def test_no_two_prompts_differ_only_in_order():
 def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
     search = reflect.Search(Population([Context("Be brief.")]), problems(48), None, None, None, count, 0, 0, 0, 200)
     search.probes, search.sentences, parent = [], [], search.candidates[0]
-    assert search.climb(search.merge, parent, set(), 3) == search.climb(search.lesson, parent, set(), 2) == []
+    assert search.offspring(search.merge, parent, set(), 3) == search.offspring(search.lesson, parent, set(), 2) == []
     search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(2)}
-    children = search.climb(search.example, parent, set(), 40)                    # there are but three sets of two examples
+    children = search.offspring(search.example, parent, set(), 40)                    # there are but three sets of two examples
     assert 0 < len(children) <= 3
     charged = {name: failures for name, (_, failures) in search.population.operators.items()}
     assert charged == {"rewrite": 0, "lesson": 2, "example": 40 - len(children), "merge": 3}
