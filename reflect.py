@@ -9,7 +9,7 @@ takes the K prompts of the last cycle and the problems of the next one, the anch
                of them. A child that beats its parent strictly on the same minibatch is accepted (or, where neither solves any
                of it, one under which known solutions are likelier), and the most promising of the accepted are scored on all
                anchors, without which a prompt cannot win.
-  3. keep      The best prompt, then those that add most to what the kept ones solve.
+  3. keep      The best prompt, of equally good ones the likeliest, then those that add most to what the kept ones solve.
 
 The operators: `rewrite`, the model reads the prompt and rollouts with feedback and writes a better prompt; `lesson`, a general
 sentence of the grader's feedback; `example`, other worked examples, from solutions that the feedback gave away or that the model
@@ -141,14 +141,14 @@ def parent_weights(scores):
     return weights
 
 
-def cover(estimates, means, lengths, keep):
-    """Indices of up to `keep` candidates: the one of best mean, then one by one whoever raises the sum over problems of the best
-    estimate among the kept the most; ties go to the higher mean, then to the shorter prompt.
-    estimates [candidates][problems], means and lengths [candidates]."""
+def cover(estimates, ranks, lengths, keep):
+    """Indices of up to `keep` candidates: the one of highest rank, then one by one whoever raises the sum over problems of the best
+    estimate among the kept the most; ties go to the higher rank, then to the shorter prompt.
+    estimates [candidates][problems], ranks (any values that compare) and lengths [candidates]."""
     chosen, best = [], [0.0] * len(estimates[0])
     while len(chosen) < min(keep, len(estimates)):
-        gain = lambda i: round(sum(max(e - b, 0) for e, b in zip(estimates[i], best)), 9) if chosen else means[i]
-        pick = max((i for i in range(len(estimates)) if i not in chosen), key=lambda i: (gain(i), means[i], -lengths[i], -i))
+        gain = lambda i: round(sum(max(e - b, 0) for e, b in zip(estimates[i], best)), 9) if chosen else ranks[i]
+        pick = max((i for i in range(len(estimates)) if i not in chosen), key=lambda i: (gain(i), ranks[i], -lengths[i], -i))
         chosen.append(pick)
         best = list(map(max, best, estimates[pick]))
     return chosen
@@ -545,11 +545,14 @@ class Search:
         pool = [c for c in good if c in able]
 
         # 2. The cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by two more. A candidate that was
-        #    not measured on all anchors cannot win.
+        #    not measured on all anchors cannot win. Of those within two standard errors of the best, as 0 of 48 is of a lucky 2,
+        #    the likeliest leads: likelihood tells few worked examples from many, which so few rewards cannot.
         rewards = lambda c, p: c.scores[self.step].get(p.id, [])
         estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]
-        means = [(mean[c] - (not whole[c]), sum(self.liking[c.context])) for c in pool]      # equally good ones: the likelier
-        kept = [pool[i] for i in cover(estimates, means, [self.count(c.context) for c in pool], keep)]
+        top = max((mean[c] for c in pool if whole[c]), default=0)
+        level = lambda c: whole[c] and mean[c] >= top - 2 * math.sqrt(top * (1 - top) / len(self.anchors))
+        ranks = [(level(c), sum(self.liking[c.context]) if level(c) else 0, mean[c]) for c in pool]
+        kept = [pool[i] for i in cover(estimates, ranks, [self.count(c.context) for c in pool], keep)]
 
         # 3. Where those are fewer than K: the best of the others that were asked, then repeats.
         kept += [c for c in sorted(good, key=mean.get, reverse=True) if c not in kept][:keep - len(kept)]
