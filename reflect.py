@@ -539,20 +539,21 @@ class Search:
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
         whole = {c: self.missing(c) == 0 for c in mean}
 
-        # 1. A prompt less than half as good as the best would only take rollouts from it: its place goes to a better one, if
-        #    need be twice.
-        good = [c for c in mean if mean[c] >= max(mean[a] for a in able) / 2]
-        pool = [c for c in good if c in able]
+        # 1. Level with the best are those within two standard errors, as 0 of 48 is with a lucky 2. Of them the likeliest leads:
+        #    likelihood tells few worked examples from many, which so few rewards cannot. Who was not measured on all anchors
+        #    cannot win.
+        top = max((mean[c] for c in able if whole[c]), default=0)
+        level = lambda c: whole[c] and mean[c] >= top - 2 * math.sqrt(top * (1 - top) / len(self.anchors))
+        rank = lambda c: (level(c), sum(self.liking[c.context]) if level(c) else 0, mean[c])
 
-        # 2. The cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by two more. A candidate that was
-        #    not measured on all anchors cannot win. Of those within two standard errors of the best, as 0 of 48 is of a lucky 2,
-        #    the likeliest leads: likelihood tells few worked examples from many, which so few rewards cannot.
+        # 2. A prompt less than half as good as the best would only take rollouts from it: its place goes to a better one, if
+        #    need be twice. Of the others the cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by
+        #    two more.
+        good = [c for c in mean if level(c) or mean[c] >= max(mean[a] for a in able) / 2]
+        pool = [c for c in good if c in able]
         rewards = lambda c, p: c.scores[self.step].get(p.id, [])
         estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]
-        top = max((mean[c] for c in pool if whole[c]), default=0)
-        level = lambda c: whole[c] and mean[c] >= top - 2 * math.sqrt(top * (1 - top) / len(self.anchors))
-        ranks = [(level(c), sum(self.liking[c.context]) if level(c) else 0, mean[c]) for c in pool]
-        kept = [pool[i] for i in cover(estimates, ranks, [self.count(c.context) for c in pool], keep)]
+        kept = [pool[i] for i in cover(estimates, list(map(rank, pool)), [self.count(c.context) for c in pool], keep)]
 
         # 3. Where those are fewer than K: the best of the others that were asked, then repeats.
         kept += [c for c in sorted(good, key=mean.get, reverse=True) if c not in kept][:keep - len(kept)]
