@@ -523,7 +523,7 @@ class Search:
 
     def fit(self, system, examples):
         """In random order, each example that still fits the token limit when its turn comes. Not the shortest first, though more
-        would fit: short questions are alike, and teach less (bench/examples.py measures it)."""
+        would fit: short questions are alike (bench/examples.py compares the two)."""
         fitting = ()
         for example in self.rng.sample(examples, len(examples)):
             if self.count(Context(system, (*fitting, example))) <= self.prompt_tokens:
