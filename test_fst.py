@@ -2393,7 +2393,7 @@ def test_damaged_config_and_journals(tmp_path):
     for name in ("config.json", "metrics.jsonl", "prompts.jsonl", "rollouts.jsonl"):
         path = tmp_path / "run" / name
         whole = path.read_bytes()
-        digit = list(re.finditer(rb'"(?:eval_samples|samples|born|step)": ?[0-9]', whole))[-1].end() - 1
+        digit = list(re.finditer(rb'"(?:eval_samples|samples|cycle|step)": ?[0-9]', whole))[-1].end() - 1
         for damage in (b"", whole[:-1], whole[:len(whole) // 2], whole[:digit] + bytes([whole[digit] ^ 1]) + whole[digit + 1:]):
             path.write_bytes(damage)
             assert name in one_sentence(again()) and path.read_bytes() == damage
@@ -3160,7 +3160,7 @@ def test_scores_on_other_problems_are_not_used():
     """At the same weights, as in every later cycle of gepa: the prompt that solved the last cycle's problems starts anew on this one's."""
     population, _, _ = run(Model(base=0.9), 0, n=24)
     anchors = [dataclasses.replace(p, id=f"other/{p.id}") for p in problems(24)]
-    _, everyone, _ = run(Model(base=0.1), 1, population=population, anchors=anchors, n=24)
+    _, everyone, _ = run(Model(base=0.1, example=0, quality=0), 1, population=population, anchors=anchors, n=24)
     assert all(id.startswith("other/") for c in everyone for id in c.scores[0]) and max(c.mean(0) for c in everyone if c.scores[0]) < 0.8
 
 
