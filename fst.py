@@ -61,10 +61,6 @@ EVAL_FLAGS = {"device", "slots", "micro_batch", "eval_problems", "eval_samples"}
 MOST = 1_000_000          # of anything but these: a configuration may come from a stranger
 LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
 MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
-ON_CPU = dict(steps=24, batch=8, group=12, prompts=2, max_new_tokens=128, slots=128, micro_batch=0, prompt_tokens=1024,
-              reflection_tokens=96, eval_problems=64, eval_samples=1, memory=8.0)
-ON_CUDA = dict(steps=200, batch=32, group=16, prompts=4, max_new_tokens=256, slots=512, micro_batch=0, prompt_tokens=2048,
-               reflection_tokens=1024, eval_problems=256, eval_samples=4)
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
 CHOICES = {"method": METHODS, "loss": LOSSES, "reflector": ("self", "base"), "dtype": ("auto", "float32", "bfloat16")}
@@ -116,6 +112,13 @@ class Config:
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
     save_every: int = setting(None, "slow steps between saved states", "ours: the cycle's length")
     out: str = setting("", "the run's folder; empty: runs/TASK-METHOD-SEED")
+
+
+# What the fields above that are None become on each kind of device, where no flag says it.
+ON_CPU = dict(steps=24, batch=8, group=12, prompts=2, max_new_tokens=128, slots=128, micro_batch=0, prompt_tokens=1024,
+              reflection_tokens=96, eval_problems=64, eval_samples=1, memory=8.0)
+ON_CUDA = dict(steps=200, batch=32, group=16, prompts=4, max_new_tokens=256, slots=512, micro_batch=0, prompt_tokens=2048,
+               reflection_tokens=1024, eval_problems=256, eval_samples=4)
 
 
 def flag(name):

@@ -232,6 +232,15 @@ def content(context):
     return context.system, frozenset(context.examples)
 
 
+def fill(system, examples, count, limit):
+    """The context of those examples, in the order given, that still fit the limit of tokens when their turn comes."""
+    context = Context(system)
+    for example in examples:
+        longer = Context(system, (*context.examples, example))
+        context = longer if count(longer) <= limit else context
+    return context
+
+
 def readable(context):
     """The context as lines, for diffs and for people."""
     turns = [(f"Q: {' '.join(e.question.split())}", f"A: {' | '.join(e.answer.splitlines())}") for e in context.examples]
@@ -284,6 +293,7 @@ class Search:
         self.rng.shuffle(self.anchors)                                  # any first part is then a fair sample
         self.width = max(4, min(16, len(anchors) // 6))                 # children asked a round
         self.candidates = list(dict.fromkeys(population.candidates))
+        self.seen = {content(c.context) for c in self.candidates}
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
         self.liking, self.mates = {}, {}            # context -> each probe's log-prob under it; -> its further parents
@@ -437,6 +447,7 @@ class Search:
         child = Candidate(self.population.proposed, context, parents, operator, verdict, reason, changes, {self.step: {}})
         self.population.proposed += 1
         self.candidates.append(child)
+        self.seen.add(content(context))
         return child
 
     def rewrite(self, parent, reply, stopped):
@@ -446,7 +457,7 @@ class Search:
             context = Context(system, parent.context.examples)
             if system.split() == parent.context.system.split():
                 raise ValueError("unchanged")
-            if self.known(context):
+            if content(context) in self.seen:
                 raise ValueError("proposed before")
             if (size := self.count(context)) > self.prompt_tokens:
                 raise ValueError(f"too long: {size} tokens with its examples")
@@ -459,15 +470,12 @@ class Search:
 
     def offspring(self, operator, parent, barred, slots):
         """Up to `slots` children of the parent by one operator. To draft more, and ask those under which known solutions are
-        likeliest, did not pay: reading the drafts took longer than asking them (bench/operators.py)."""
+        likeliest, did not pay: it ranks them by their number of examples (bench/operators.py)."""
         contexts = [operator(parent.context, barred) for _ in range(slots)]
-        new = {content(x): x for x in contexts if not self.known(x) and self.count(x) <= self.prompt_tokens}
+        new = {content(x): x for x in contexts if content(x) not in self.seen and self.count(x) <= self.prompt_tokens}
         self.like(new.values())
         self.population.operators[operator.__name__][1] += slots - len(new)           # nothing new to propose is no success
         return [self.add(context, parent, operator.__name__) for context in new.values()]
-
-    def known(self, context):
-        return content(context) in {content(c.context) for c in self.candidates}
 
     def like(self, contexts):
         """Notes how likely the model finds each probe's known solution under each context: the mean log-prob of its tokens. Not
@@ -522,13 +530,9 @@ class Search:
         return merged
 
     def fit(self, system, examples):
-        """In random order, each example that still fits the token limit when its turn comes. Not the shortest first, though more
-        would fit: short questions are alike (bench/examples.py compares the two)."""
-        fitting = ()
-        for example in self.rng.sample(examples, len(examples)):
-            if self.count(Context(system, (*fitting, example))) <= self.prompt_tokens:
-                fitting += (example,)
-        return Context(system, fitting)
+        """As many as fit, in random order. Not the shortest first, though more would fit: short questions are alike
+        (bench/examples.py compares the two)."""
+        return fill(system, self.rng.sample(examples, len(examples)), self.count, self.prompt_tokens)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -549,7 +553,8 @@ class Search:
         # 2. A prompt less than half as good as the best would only take rollouts from it: its place goes to a better one, if
         #    need be twice. Of the others the cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by
         #    two more.
-        good = [c for c in mean if level(c) or mean[c] >= max(mean[a] for a in able) / 2]
+        half = max(mean[c] for c in able) / 2
+        good = [c for c in mean if level(c) or mean[c] >= half]
         pool = [c for c in good if c in able]
         rewards = lambda c, p: c.scores[self.step].get(p.id, [])
         estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]

@@ -733,6 +733,11 @@ class Rollout:
     reward: float
     feedback: str
 
+    @property
+    def in_form(self):
+        """Whether it came to an end and names an answer in the way asked for."""
+        return self.stopped and extract_answer(self.text) is not None
+
 
 def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=None, greedy=None):
     """Puts each (context, problem) to the model, all in one batch, and grades the answers: a Rollout each, in order. A problem

@@ -650,6 +650,8 @@ LEVELS = [(name, level) for name in ("arithmetic", "star", "codeio")
 ])
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
+    for stopped in (False, True):
+        assert Rollout(None, None, (), [], [], text, stopped, 0.0, "").in_form == (stopped and answer is not None)
 
 
 def test_extract_answer_takes_the_rest_of_the_last_line_marked():
@@ -3310,6 +3312,8 @@ def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
         kept = search.fit("Be brief.", drawn)
         assert count(kept) <= 200 and set(kept.examples) <= set(drawn)
         assert all(count(Context("Be brief.", (*kept.examples, e))) > 200 for e in set(drawn) - set(kept.examples))
+    long, short = pool[40], pool[3]                       # in the order given, what does not fit is passed over
+    assert reflect.fill("", [short, long, pool[5], pool[0]], count, count(Context("", (short, pool[5], pool[0])))).examples == (short, pool[5], pool[0])
     # of examples of two words and of ten times as many, room for five of the long: the long come first as often as the short
     mixed = [Example(p.question, "word " * (2 if i % 2 else 20), p.id) for i, p in enumerate(problems(20))]
     search.prompt_tokens = count(Context("", tuple(mixed[:10:2])))

@@ -16,19 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from model import load                                                    # noqa: E402
-from rollout import Context, Example, Sampler, ask, extract_answer, get_task    # noqa: E402
+from reflect import fill                                                  # noqa: E402
+from rollout import Context, Example, Sampler, ask, get_task              # noqa: E402
 from sampler import record                                                # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def fill(count, system, examples, limit):
-    """The examples, in the order given, that still fit the limit when their turn comes."""
-    kept = ()
-    for example in examples:
-        if count(Context(system, (*kept, example))) <= limit:
-            kept += (example,)
-    return kept
 
 
 def main():
@@ -59,12 +51,12 @@ def main():
                 examples = [Example(p.question, p.solution, p.id) for p in rng.sample(task.problems("train"), drawn)]
                 if order == "shortest":
                     examples.sort(key=lambda e: len(e.question) + len(e.answer))
-                kept = fill(count, task.seed_prompt, examples, min(limit or room, room))
+                kept = fill(task.seed_prompt, examples, count, min(limit or room, room)).examples
                 contexts.append(Context(task.seed_prompt, tuple(rng.sample(kept, len(kept)))))
             answers = iter(ask(sampler, task, [(c, p) for c in contexts for p in problems], most, 1.0, 0))
             groups = [[next(answers) for _ in problems] for _ in contexts]
             share = lambda flag: [sum(map(flag, group)) / len(group) for group in groups]
-            right, in_form = share(lambda r: r.reward), share(lambda r: r.stopped and extract_answer(r.text) is not None)
+            right, in_form = share(lambda r: r.reward), share(lambda r: r.in_form)
             row = {"task": task.name, "model": options.model, "dtype": options.dtype, "drawn": drawn, "limit": limit, "order": order,
                    "examples": [len(c.examples) for c in contexts], "prompt_tokens": [count(c) for c in contexts],
                    "problems": len(problems), "max_new_tokens": most, "right": right, "in_form": in_form,

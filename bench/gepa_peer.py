@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
-from rollout import Context, Generated, ask, examine, extract_answer                 # noqa: E402
+from rollout import Context, Generated, ask, examine                      # noqa: E402
 from sampler import record                                                # noqa: E402
 
 COMPONENT = "system_prompt"
@@ -98,7 +98,7 @@ def held_out(run, context, count):
     problems = random.Random("val evaluation").sample(problems, min(count, len(problems)))
     answers, = examine(run.sampler, run.tasks[0], [context], problems, c.eval_samples, c.max_new_tokens, (c.seed, 0, 2))
     for name, rollouts in (("greedy", [row[0] for row in answers]), ("sampled", [r for row in answers for r in row[1:]])):
-        formatted = [r.stopped and extract_answer(r.text) is not None for r in rollouts]
+        formatted = [r.in_form for r in rollouts]
         for key, values in ((name, [r.reward for r in rollouts]), (f"{name}_format", formatted)):
             out[key] = sum(values) / len(values)
             out[f"{key}_interval"] = fst.wilson(out[key] * len(problems), len(problems))

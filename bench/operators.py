@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
 import reflect                                                            # noqa: E402
-from rollout import Context, Generated, ask, extract_answer               # noqa: E402
+from rollout import Context, Generated, ask                               # noqa: E402
 from sampler import record                                                # noqa: E402
 
 PARENT = "parent"         # the rows of the parents themselves, whose children are repetitions of them
@@ -66,7 +66,7 @@ def held_out(run, contexts, problems, seed):
     answers = iter(ask(run.sampler, run.tasks[0], jobs, run.config.max_new_tokens, 1.0, (run.config.seed, 0, 7, seed)))
     rows = [[next(answers) for _ in problems] for _ in contexts]
     digits = lambda flag: ["".join(str(int(flag(r))) for r in row) for row in rows]
-    return {"right": digits(lambda r: r.reward), "in_form": digits(lambda r: r.stopped and extract_answer(r.text) is not None)}
+    return {"right": digits(lambda r: r.reward), "in_form": digits(lambda r: r.in_form)}
 
 
 def study(run, seed, options):
