@@ -62,7 +62,7 @@ MOST = 1_000_000          # of anything but these: a configuration may come from
 LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
 MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
-LOSSES = ("cispo", "grpo", "dapo", "dr_grpo")
+LOSSES = {"cispo": (0.0, None), "grpo": (0.8, 1.2), "dapo": (0.8, 1.28), "dr_grpo": (0.8, 1.2)}       # clip range; None: --cap
 CHOICES = {"method": METHODS, "loss": LOSSES, "reflector": ("self", "base"), "dtype": ("auto", "float32", "bfloat16")}
 
 
@@ -92,7 +92,7 @@ class Config:
     # slow weights
     loss: str = setting("cispo", f"one of {', '.join(LOSSES)}", "paper")
     cap: float = setting(4.0, "CISPO's cap on the importance weight", "paper")
-    lr: float = setting(4e-5, "AdamW's learning rate at its highest; it falls to 0 over a task's steps",
+    lr: float = setting(4e-5, "AdamW's learning rate at its highest; it falls linearly towards 0 over a task's steps",
                         "paper: not known; SmolLM2 learns well at it, larger models want less")
     clip: float = setting(1.0, "largest norm of the gradient", "usual")
     warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
@@ -106,7 +106,7 @@ class Config:
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "self: the current weights; base: the frozen starting weights", "paper: a frozen model")
     # evaluation and files
-    eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, after a task or a lone fast phase",
+    eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, after a task or a fast phase outside a cycle",
                               "ours: the cycle's length")
     eval_problems: int = setting(None, "problems in an evaluation", "ours by device")
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
@@ -141,10 +141,9 @@ def resolve(config):
     if c.device not in ("cpu", *cards) and not (cards and c.device == "cuda"):
         raise ValueError(f"no device {c.device!r} here: PyTorch finds {', '.join(['cpu', *cards])}")
     cpu = c.device == "cpu"
-    if not cpu:                                           # graphs and Triton's kernels go to the current device
-        torch.cuda.set_device(torch.device(c.device).index or 0)
     defaults = (ON_CPU if cpu else ON_CUDA) | {"eval_every": c.cycle, "save_every": c.cycle}
     if not cpu:
+        torch.cuda.set_device(torch.device(c.device).index or 0)      # graphs and Triton's kernels go to the current device
         defaults["memory"] = 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]
     if set(names) == {"arithmetic"}:                      # learnt soon
         defaults["steps"] = 9 if cpu else 48
@@ -169,7 +168,7 @@ def resolve(config):
     for one, other in (("batch", "group"), ("eval_problems", "eval_samples")):
         if getattr(c, one) * getattr(c, other) > MOST:
             raise ValueError(f"{flag(one)} times {flag(other)} must be at most {MOST:,}")
-    if c.method != "rl" and c.group % c.prompts:
+    if c.method not in ("rl", "gepa") and c.group % c.prompts:
         raise ValueError(f"each of the {c.prompts} prompts gets an equal share of a group: "
                          f"--group {c.group} must be a multiple of --prompts {c.prompts}")
     if c.method != "rl" and c.passes < 1:
@@ -181,30 +180,23 @@ def resolve(config):
 
 def plan(c, m, weights):
     """The memory of a run of so many weights, m the model's configuration -> bytes by purpose, tokens of a micro-batch, slots.
-    A given micro-batch and the slots are taken as they are; with auto, both are the most that keep to c.memory.
-
-        held always     2 w N + 12 N    the model and its base in w bytes a number; fp32 masters and two moments (gepa: w N)
-        while sampling  slots (n (Q + A) + (w + 8) V + 4 w heads span Q) + n K C
-                        keys and values of a row's question and answer, Q + A tokens, and of K contexts of C tokens, n = 2 w
-                        layers kv bytes each; logits, and two copies in fp32; the question's attention scores in the prefill
-        while training  4 N + tokens (w layers (4 H + 3 (q + kv) + 2 I) + w V + 4 w heads span) + V (2 w H + 12 * 128)
-                        gradients; what autograd keeps of a token in a layer: 4 vectors of the hidden size H, 3 of the queries'
-                        and of the keys' size, 2 of the MLP's; its logits, and its attention scores over its span, C + Q + A, of
-                        one layer at a time, also where nothing is kept; the gradients of the head and the embedding, and 128
-                        rows of logits in fp32
-
-    On a CPU in bf16, sampling also holds the weights in oneDNN's layout, w N."""
-    w, V, H = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size
-    q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-    C = c.prompt_tokens * (c.method != "rl")
-    span = min(m.context, C + QUESTION + c.max_new_tokens)
-    n, scores = 2 * w * m.num_layers * kv, 4 * w * m.num_heads * span
+    A given micro-batch and the slots are taken as they are; with auto, both are the most that keep to c.memory."""
+    w, V, H, layers = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size, m.num_layers     # w: bytes of a weight
+    q, kv, answer = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, QUESTION + c.max_new_tokens
+    context = c.prompt_tokens * (c.method != "rl")
     trains = c.method != "gepa"                           # else the model is its own base, and only scores
-    row = n * (QUESTION + c.max_new_tokens) + (w + 8) * V + scores * QUESTION
-    token = trains * w * m.num_layers * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) + w * V + scores
+    cached = 2 * w * layers * kv                          # keys and values of a token
+    scores = 4 * w * m.num_heads * min(m.context, context + answer)      # of a token over all that it sees, in one layer at a time
+    # always: the model and its base; fp32 masters and two moments
     always = w * weights + trains * (w + 12) * weights
-    sampling = n * c.prompts * C + (w * weights if c.device == "cpu" and w == 2 else 0)
+    # sampling: the contexts' keys and values; oneDNN's copy of bf16 weights on a CPU; a row's own keys and values, its logits and two
+    # copies in fp32, and its question's scores in the prefill
+    sampling = cached * c.prompts * context + (w * weights if c.device == "cpu" and w == 2 else 0)
+    row = cached * answer + (w + 8) * V + scores * QUESTION
+    # training: gradients; those of the head and the embedding, and 128 rows of logits in fp32; what autograd keeps of a token: in each
+    # layer 4 vectors of the hidden size, 3 of the queries' and the keys' and 2 of the MLP's; its logits; its scores, also in `gepa`
     training = trains * (4 * weights + V * (2 * w * H + 12 * 128))
+    token = trains * w * layers * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) + w * V + scores
     micro_batch, slots, room = c.micro_batch, c.slots, c.memory * 1e9 - always
     if not micro_batch:
         micro_batch = int(min(max((room - training) / token, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))
@@ -214,7 +206,7 @@ def plan(c, m, weights):
 
 
 def choose_model(c):
-    """--model auto: the smallest model with which the task makes sense and that this machine can get; and why."""
+    """--model auto, and why: SmolLM2-135M, but for gsm8k on CUDA Qwen2.5-0.5B, where it can be had."""
     if c.task == "gsm8k" and c.device != "cpu":
         from huggingface_hub import model_info, try_to_load_from_cache
         name = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -254,14 +246,14 @@ def advantages(rewards):
 
 def token_loss(kind, logprobs, behaviour_logprobs, advantages, cap=4.0):
     """Loss of each token, all arguments of one shape; behaviour_logprobs are the sampler's, of the same tokens."""
-    ratio = (logprobs - behaviour_logprobs).exp()                                             # rho = pi_theta / mu
+    if kind not in LOSSES:
+        raise ValueError(f"unknown loss {kind!r}: known are {', '.join(LOSSES)}")
+    ratio, (low, high) = (logprobs - behaviour_logprobs).exp(), LOSSES[kind]                  # rho = pi_theta / mu
+    clipped = ratio.clamp(low, high or cap)
     if kind == "cispo":      # -sg(min(rho, cap)) A log pi: the gradient of log pi, weighted (arXiv 2506.13585, 2605.12484)
-        return -ratio.detach().clamp(max=cap) * advantages * logprobs
-    if kind in ("grpo", "dr_grpo"):     # -min(rho A, clip(rho, 1 - 0.2, 1 + 0.2) A) (arXiv 2402.03300; 2503.20783: other A, norm)
-        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    if kind == "dapo":       # the same with more room above: 1 + 0.28 (arXiv 2503.14476)
-        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
-    raise ValueError(f"unknown loss {kind!r}: known are {', '.join(LOSSES)}")
+        return -clipped.detach() * advantages * logprobs
+    # -min(rho A, clip(rho) A) (GRPO, arXiv 2402.03300; DAPO, more room above, 2503.14476; Dr. GRPO, other A and norm, 2503.20783)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
 def token_weights(kind, lengths, limit):
@@ -329,11 +321,8 @@ class Learner:
 
     def tensors(self):
         """Everything that an update depends on, for the saved state."""
-        out = {f"master.{name}": m for name, m in self.masters.items()}
-        for name, m in self.masters.items():
-            for key, value in self.optimizer.state[m].items():
-                out[f"{key}.{name}"] = value
-        return out
+        moments = {f"{key}.{name}": value for name, m in self.masters.items() for key, value in self.optimizer.state[m].items()}
+        return {f"master.{name}": m for name, m in self.masters.items()} | moments
 
     def restore(self, read, updates):
         """read(name) -> tensor, for the names that `tensors` gave: moments only after a first update."""
@@ -423,6 +412,16 @@ def steps_of(config, cycle):
     return range(cycle * config.cycle, min((cycle + 1) * config.cycle, config.steps))
 
 
+def tasks_of(c):
+    tasks = [get_task(name, c.level, c.data or None, c.seed_prompt or None) for name in c.task.split(",")]
+    if len({task.name for task in tasks}) < len(set(c.task.split(","))):
+        raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
+    for task in tasks:
+        if c.batch > len(task.problems("train")):
+            raise ValueError(f"--batch {c.batch} is more than {task.name} has training problems")
+    return tasks
+
+
 class Run:
     """All that a run holds between two phases. `save` and `restore` take it to its folder and back, to the bit."""
     JOURNALS = ("metrics.jsonl", "prompts.jsonl", "rollouts.jsonl")
@@ -432,19 +431,16 @@ class Run:
         """trained: a checkpoint to evaluate; then nothing is learnt."""
         c = self.config = config
         self.folder = Path(c.out)
-        self.tasks = [get_task(name, c.level, c.data or None, c.seed_prompt or None) for name in c.task.split(",")]
-        if len({task.name for task in self.tasks}) < len(set(c.task.split(","))):
-            raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
-        self.data = hashlib.sha256(repr([task.splits for task in self.tasks]).encode()).hexdigest()
-        for task in self.tasks:
-            if not trained and c.batch > len(task.problems("train")):
-                raise ValueError(f"--batch {c.batch} is more than {task.name} has training problems")
+        self.tasks = tasks_of(c)
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
         if self.tokenizer.turn_end is None:
             raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
         self.count = lambda context: len(self.tokenizer.chat(context.messages("")))                # tokens
-        self.prompt_tokens = None if trained else self.room()
+        self.prompt_tokens = None if trained else self.longest_context()
+        weights = {} if trained else dict(self.model.named_parameters())
+        self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks]), [], None),
+                       f"the model {c.model}": digest("", sorted(weights), weights.get)}      # what a resumed run must find unchanged
         learning = not trained and c.method != "gepa"
         self.base = copy.deepcopy(self.model).requires_grad_(False) if learning else self.model
         if trained:
@@ -460,7 +456,7 @@ class Run:
         self.population = reflect.Population([Context(self.tasks[0].seed_prompt)])
         self.stop = False
 
-    def room(self):
+    def longest_context(self):
         """Tokens that a context may take: --prompt-tokens, or as many as leave room for every question and its answer."""
         c, context = self.config, self.model.config.context
         problems = [p for task in self.tasks for split in task.splits.values() for p in split]
@@ -479,7 +475,8 @@ class Run:
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def batch(self, task, step):
-        """The problems of a task's slow step, a function of (seed, task, step): epochs of the training problems, shuffled."""
+        """The problems of a task's slow step, a function of (seed, task, step): epochs of the training problems, shuffled; what
+        does not fill a last batch is left out of that epoch."""
         problems, size = self.tasks[task].problems("train"), self.config.batch
         per_epoch = len(problems) // size
         epoch, index = divmod(step, per_epoch)
@@ -496,8 +493,8 @@ class Run:
         contexts, problems = self.contexts(task), self.batch(task, step)
         self.learner.lr = c.lr * (1 - step / c.steps)     # linear decay: at a constant rate the entropy collapses, then accuracy
         shared = [context for context in contexts for _ in range(c.group // len(contexts))]      # [group]: G / K samples under each
-        seed = [Context(self.tasks[task].seed_prompt)] * c.group                                 # all that a student is given
-        jobs = [(context, problem) for problem in problems for context in (seed if c.method == "distill" else shared)]
+        student = Context(self.tasks[task].seed_prompt)   # all that distill's student is given
+        jobs = [(student if c.method == "distill" else context, problem) for problem in problems for context in shared]
         rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, 1, step), "sample")
         self.population.record(rollouts, self.learner.updates)
         return_freed_memory()                             # training wants blocks of other sizes
@@ -510,9 +507,10 @@ class Run:
         tokens = sum(len(r.tokens) for r in rollouts)
         self.spent["slow_rollouts"] += len(rollouts)
         self.spent["slow_tokens"] += tokens
+        # to read: of one group the first, of the next the second, so that each prompt is seen
         self.journal("rollouts.jsonl", *[{"task": self.tasks[task].name, "step": step, "problem": r.problem.id, "text": r.text,
                                           "reward": r.reward, "feedback": r.feedback, "stopped": r.stopped}
-                                         for r in rollouts[::c.group]])
+                                         for r in rollouts[::c.group + 1]])
         return {"kind": "step", "task": self.tasks[task].name, "step": self.steps_done() + 1, "reward": rewards.mean().item(),
                 "flat": (rewards == rewards[:, :1]).all(1).float().mean().item(),
                 "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts),
@@ -540,8 +538,8 @@ class Run:
         def loss(logprobs, mu, i):                        # of rollout i, summed over its tokens
             out = token_loss(c.loss, logprobs, mu, scaled[i], c.cap)
             if i in reference:
-                # The gradient of KL(pi || base) is E[(log pi - log base) grad log pi], that of half the squared difference; k3's
-                # would be biased (arXiv 2506.09477).
+                # The gradient of a token's KL(pi || base), its prefix given, is E[(log pi - log base) grad log pi], that of half the
+                # squared difference; k3's is another. That a token also changes what follows is left out (arXiv 2506.09477).
                 out = out + c.kl * K * (logprobs - reference[i]) ** 2 / 2
             return weights[i] * out.sum()
 
@@ -558,7 +556,8 @@ class Run:
         return self.descend(rollouts, lambda logprobs, _, i: ((logprobs - reference[i]) ** 2).sum() / 2 / total, reference)
 
     def descend(self, rollouts, loss, reference):
-        """Sums the gradient of `loss` over all rollouts, micro-batch by micro-batch, and takes one step. None: nothing moves."""
+        """Sums the gradient of `loss` over all rollouts, micro-batch by micro-batch, and takes one step; without a rollout nothing
+        moves, not even Adam's moments. reference: rollout -> log-probs of the base model or of distill's teacher, for the log."""
         if not rollouts:
             return {"trained_rows": 0, "updates": self.learner.updates}
         c, sums = self.config, dict.fromkeys(("loss", "entropy", "kl_sampler", "capped", "kl_reference"), 0.0)
@@ -573,7 +572,8 @@ class Run:
             sums["loss"] += total.detach().double()                           # not .item(): that would wait for the device
             sums["entropy"] += entropies.sum().double()
             sums["kl_sampler"] += kl_k3(mu, logprobs).sum()                   # samples of mu: KL(mu || pi)
-            sums["capped"] += ((logprobs - mu).exp() > c.cap).sum()
+            ratio, (low, high) = (logprobs - mu).exp(), LOSSES[c.loss]
+            sums["capped"] += ((ratio < low) | (ratio > (high or c.cap))).sum()
             for part, i in zip(parts, batch):
                 if i in reference:
                     sums["kl_reference"] += kl_k3(part.detach(), reference[i]).sum()
@@ -633,15 +633,15 @@ class Run:
                      [*self.tokenizer.encode(text), self.tokenizer.turn_end]) for context, problem, text in answers]
             return [logprobs.mean().item() for logprobs in score_all(self.model, rows, 1.0, self.micro_batch)]
 
-        weights = self.learner.updates if self.learner else 0
+        updates = self.learner.updates if self.learner else 0
         everyone, spent = reflect.evolve(
             self.population, anchors, ask_all, write, likelihood, self.count, budget=int(c.passes * len(anchors)), keep=c.prompts,
-            step=weights, seed=f"{c.seed} {task} {cycle}", prompt_tokens=self.prompt_tokens)
+            step=updates, seed=f"{c.seed} {task} {cycle}", prompt_tokens=self.prompt_tokens)
         self.spent["fast_rollouts"] += spent
-        kept, best = self.population.candidates, self.population.candidates[0].mean(weights)
+        kept, best = self.population.candidates, self.population.candidates[0].mean(updates)
         self.journal("prompts.jsonl", *[{"task": self.tasks[task].name, "cycle": cycle, "kept": x in kept, **x.to_json()}
                                         for x in everyone])
-        return {"kind": "fast", "task": self.tasks[task].name, "cycle": cycle, "weights": weights, "candidates": len(everyone),
+        return {"kind": "fast", "task": self.tasks[task].name, "cycle": cycle, "weights": updates, "candidates": len(everyone),
                 "accepted": sum(x.verdict == "accepted" for x in everyone), "rollouts_used": spent,
                 **({} if best is None else {"best": best}), "kept": [x.id for x in kept],
                 "prompt_tokens": [self.count(x.context) for x in kept], **self.spent, "seconds": time.perf_counter() - start}
@@ -704,7 +704,7 @@ class Run:
                 os.fsync(file.fileno())
             journals[name] = length_and_digest((self.folder / name).read_bytes())
         tensors = self.learner.tensors() if self.learner else {}
-        state = {"config": dataclasses.asdict(self.config), "data": self.data, "population": self.population.to_json(),
+        state = {"config": dataclasses.asdict(self.config), "origin": self.origin, "population": self.population.to_json(),
                  "updates": self.learner.updates if self.learner else 0, "journals": journals,
                  **{name: getattr(self, name) for name in self.PLAIN}}
         (self.folder / "state").mkdir(exist_ok=True)
@@ -728,7 +728,7 @@ class Run:
         saved = lambda name, length: length_and_digest((self.folder / name).read_bytes()[:length])
         changed = [self.folder / name for name, before in state["journals"].items() if saved(name, before[0]) != tuple(before)]
         changed += [self.folder / "config.json"] * (state["config"] != dataclasses.asdict(self.config))
-        changed += [f"the data of {self.config.task}"] * (state["data"] != self.data)
+        changed += [what for what, before in state["origin"].items() if self.origin[what] != before]
         if changed:
             raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
         for name in self.PLAIN:
@@ -772,11 +772,11 @@ class Run:
         """Evaluation and saving, where they are due. A task's last phase always evaluates that task and all earlier ones."""
         c, steps = self.config, self.steps_done()
         ends = self.done == len(self.phases) or self.phases[self.done][1] != task
-        lone_fast = kind == "fast" and c.method in ("gepa", "rl+gepa", "gepa+rl")
-        if ends or lone_fast or kind == "slow" and c.eval_every and steps % c.eval_every == 0:
+        outside = kind == "fast" and c.method in ("gepa", "rl+gepa", "gepa+rl")
+        if ends or outside or kind == "slow" and c.eval_every and steps % c.eval_every == 0:
             for each in range(task + 1) if ends else [task]:              # what became of the earlier ones
                 self.log(self.evaluate(each, "val", c.eval_problems))
-        if ends or lone_fast or steps % c.save_every == 0:
+        if ends or outside or steps % c.save_every == 0:
             self.save()
 
     def finish(self):
@@ -932,7 +932,7 @@ def read_seed_prompt(value):
     return text
 
 
-def tokens(text):
+def token_limit(text):
     return 0 if text == "auto" else int(text)
 
 
@@ -944,14 +944,15 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
-        kind = tokens if field.name == "micro_batch" else field.type
+        kind = token_limit if field.name == "micro_batch" else field.type
         default = "see --check" if field.default is None else field.default
         text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
         parser.add_argument(flag(field.name), type=kind, default=field.default, help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds and start anew")
     parser.add_argument("--check", action="store_true", help="say what would run, and what it takes, and stop")
     parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test "
-                        "problems; takes --device, --slots, --eval-problems and --eval-samples")
+                        "problems; takes --device, --slots, --micro-batch, --eval-problems and "
+                        "--eval-samples")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs' curves side by side into curves.png of the first")
     parser.add_argument("--show-prompts", metavar="RUN", help="the family tree of a run's prompts")
     options = vars(parser.parse_args(argv))
@@ -983,24 +984,25 @@ def open_run(config, overwrite):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)      # let go by the system when the process ends, however it ends
     except OSError as error:
         raise ValueError(f"another process is at work in {folder}") from error
-    for pattern in (".config.json.*", ".curves.png.*", "checkpoint/.*.*.[0-9]*", "state/.state.safetensors.*", "*/.tmp??????"):
+    ours = (folder / "config.json").exists()                  # the first file of a run: without it nothing here is known to be ours
+    pieces = ".config.json.[0-9]*", ".curves.png.[0-9]*", "checkpoint/.*.[0-9]*", "state/.*.[0-9]*", "checkpoint/.tmp??????", "state/.tmp??????"
+    for pattern in pieces if ours else pieces[:1]:
         for leftover in folder.glob(pattern):                 # was being written when a run was killed; .tmp: by safetensors
             leftover.unlink()
-    if (folder / "config.json").exists() and not overwrite:
+    if ours and not overwrite:
         before, stored = stored_config(folder)
         if before == config:
-            return stored, lock
+            return dataclasses.replace(stored, out=resolved.out), lock
         if (folder / "state" / "state.safetensors").exists():         # else nothing would be lost
             pairs = zip(vars(config), vars(before).values(), vars(config).values())
             other = ", ".join(f"{key} {old!r}, now {new!r}" for key, old, new in pairs if old != new)
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
-    strangers = {p.name for p in folder.iterdir()} - {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS}
+    known = {"lock", *({"config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else ())}
+    strangers = {p.name for p in folder.iterdir()} - known
     if strangers:
         raise ValueError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
-    for name in ("state/state.safetensors", "curves.png", *Run.JOURNALS):
-        (folder / name).unlink(missing_ok=True)
-    if (folder / "checkpoint").is_dir():
-        for file in (folder / "checkpoint").iterdir():        # it may hold files of another model that this one never writes
+    for pattern in ("state/*", "curves.png", *Run.JOURNALS, "checkpoint/*"):      # the last may be of another model, with other files
+        for file in folder.glob(pattern):
             file.unlink()
     write_text(folder / "config.json", json.dumps({"asked": vars(config), "resolved": vars(resolved)}, indent=1))
     return resolved, lock
@@ -1009,6 +1011,7 @@ def open_run(config, overwrite):
 def check(config):
     """What a run would be: every setting with where its default comes from, and the rollouts, memory and time it may take."""
     c = resolve(config)
+    tasks_of(c)                                           # refused here, as the run would be
     for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
         value, source = getattr(c, field.name), field.metadata["source"]
         print(f"{field.name:18} {value!s:28} {'as asked' if getattr(config, field.name) != field.default else source}")
@@ -1065,6 +1068,7 @@ def complain(text):
 
 def main(argv=None):
     """Exit status: 0 done, 2 bad input or a failure that is named, 130 interrupted after saving."""
+    handlers = {}
     try:
         config, actions = parse(argv)
         given = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default}
@@ -1091,8 +1095,7 @@ def main(argv=None):
             resolved, lock = open_run(config, actions["overwrite"])
             with lock:
                 run = Run(resolved)
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, run.interrupt)
+                handlers = {number: signal.signal(number, run.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
                 say(f"{resolved.method} of {resolved.model} ({resolved.why_model}) on {resolved.task}, "
                     f"{resolved.device} {resolved.dtype}: {resolved.out}")
                 return 0 if run.go() else 130
@@ -1107,8 +1110,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -1784,6 +1784,14 @@ def test_the_log_tells_the_truth(tiny_run):
         assert row["entropy"] == pytest.approx(want_entropy.mean().item(), rel=1e-5)
         assert row["kl_reference"] == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-3)
         assert abs(row["kl_sampler"]) < 1e-6 and row["capped"] == 0
+    ratios = itertools.cycle([0.5, 0.9, 1.1, 1.25, 1.5, 5.0])             # of the policies, token by token
+    drawn = [[next(ratios) for _ in r.tokens] for r in rollouts]
+    rollouts = [dataclasses.replace(r, logprobs=(part - torch.tensor(own).log()).tolist())
+                for r, own, part in zip(rollouts, drawn, want_logp.detach().split([len(r.tokens) for r in rollouts]))]
+    flat = sum(drawn, [])
+    for loss, low, high in (("cispo", 0, 4), ("grpo", 0.8, 1.2), ("dapo", 0.8, 1.28), ("dr_grpo", 0.8, 1.2)):
+        run.config = dataclasses.replace(run.config, loss=loss)
+        assert run.reinforce(rollouts, rewards)["capped"] == pytest.approx(sum(not low <= x <= high for x in flat) / len(flat))
 
 
 def test_the_penalty_under_a_drawn_prompt_is_right_on_average(tiny_run):
@@ -1849,6 +1857,8 @@ def test_each_row_is_trained_under_its_own_prompt(tiny_run):
     assert all(r.problem.id not in {e.problem_id for e in r.context.examples} for r in seen)
     assert len(seen[2].context.examples) == 1 and len(seen[6].context.examples) == 2
     assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in seen)
+    kept = [json.loads(line) for line in (run.folder / "rollouts.jsonl").read_text().splitlines()]
+    assert [(r["problem"], r["text"]) for r in kept] == [(r.problem.id, r.text) for r in seen[::5]]          # the 0th, 1st, 2nd of a group
 
 
 def test_kl_to_the_base_is_under_the_answers_own_prompts(tiny_run):
@@ -2221,6 +2231,9 @@ def test_ctrl_c_saves_and_goes_on(tmp_path, monkeypatch, number):
     codes = [run_fst(tmp_path, *flags, "--out", tmp_path / "cut", check=False).code for _ in range(4)]
     assert codes == [130, 130, 130, 0] and what_counts(tmp_path / "cut") == what_counts(tmp_path / "whole")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    before = signal.signal(number, mine := lambda *_: None)              # a caller's own handler is there again afterwards
+    run_fst(tmp_path, *flags, "--out", tmp_path / "whole")
+    assert signal.signal(number, before) is mine
 
 
 def refused(capsys, *flags):
@@ -2262,6 +2275,12 @@ def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
     assert run_fst(tmp_path, *flags).code == 0
     data.write_text(data.read_text().replace('"answer": 8}', '"answer": 9}'))
     assert "the data of jsonl:sums.jsonl was changed" in one_sentence(run_fst(tmp_path, *flags, check=False))
+    data.write_text(data.read_text().replace('"answer": 9}', '"answer": 8}'))
+    assert run_fst(tmp_path, *flags).code == 0
+    weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    safetensors.torch.save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    assert f"the model {tmp_path / 'model'} was changed" in one_sentence(run_fst(tmp_path, *flags, check=False))
     (tmp_path / "more").mkdir()
     shutil.copy(data, tmp_path / "more")
     assert "one name" in one_sentence(run_fst(tmp_path, *SHORT, "--task", "jsonl:sums.jsonl,jsonl:more/sums.jsonl", "--out", tmp_path / "two", check=False))
@@ -2322,6 +2341,14 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
     for flag in ([], ["--overwrite"]):
         stranger = run_fst(tmp_path, "--out", tmp_path / "mine", *flag, check=False)
         assert stranger.code == 2 and "thesis.tex" in stranger.err[0] and (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    # files of a run's names are a run's only beside a config.json, and what looks like a leftover of one may be a stranger's
+    alike = [tmp_path / "alike" / name for name in ("checkpoint/model.safetensors", "src/.tmpABCDEF", ".config.json.bak", ".curves.png.orig")]
+    for path in alike:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("years of work")
+    for flag in ([], ["--overwrite"]):
+        assert "other files" in one_sentence(run_fst(tmp_path, "--out", tmp_path / "alike", *flag, check=False))
+        assert all(path.read_text() == "years of work" for path in alike)
     import fcntl
     with open(tmp_path / "run" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -2400,8 +2427,7 @@ def test_damaged_config_and_journals(tmp_path):
             path.write_bytes(damage)
             assert name in one_sentence(again()) and path.read_bytes() == damage
         path.unlink()
-        if name != "config.json":
-            assert name in one_sentence(again())
+        assert (name if name != "config.json" else "other files (checkpoint") in one_sentence(again())
         path.write_bytes(whole)
     assert again().code == 0
 
@@ -2623,6 +2649,9 @@ def test_check_and_eval(tmp_path, capsys, monkeypatch):
     assert fst.main(["--check", "--model", str(tmp_path / "model"), "--task", f"jsonl:{tmp_path / 'data.jsonl'}", "--lr", "3e-5"]) == 0
     printed = capsys.readouterr().out
     assert "as asked" in printed and "GB" in printed and "slow rollouts" in printed
+    for flags in (["--level", 9], ["--batch", 5000, "--group", 2], ["--task", "jsonl:nowhere"], ["--task", "jsonl"]):
+        assert fst.main(["--check", "--model", str(tmp_path / "model"), *map(str, flags)]) == 2       # as the run itself
+    assert fst.main(["--check", "--model", str(tmp_path / "model"), "--method", "gepa", "--group", "4", "--prompts", "3"]) == 0     # no groups there
 
 
 def test_the_real_model_learns(tmp_path):
