@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import reflect
 from model import load, reading, replace_file, return_freed_memory, save
-from rollout import TASKS, Context, Sampler, ask, divergence, examine, get_task, score, share
+from rollout import TASKS, Context, Sampler, ask, divergence, examine, get_task, prefix_runs, score
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration: one flag per field
@@ -143,7 +143,7 @@ def resolve(config):
     cpu = c.device == "cpu"
     defaults = (ON_CPU if cpu else ON_CUDA) | {"eval_every": c.cycle, "save_every": c.cycle}
     if not cpu:
-        torch.cuda.set_device(torch.device(c.device).index or 0)      # graphs and Triton's kernels go to the current device
+        torch.cuda.set_device(torch.device(c.device).index or 0)      # a graph is recorded on the current device
         defaults["memory"] = 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]
     if set(names) == {"arithmetic"}:                      # learnt soon
         defaults["steps"] = 9 if cpu else 48
@@ -341,7 +341,7 @@ def micro_batches(rows, limit):
     for i, (prompt, _) in enumerate(rows):
         under.setdefault(tuple(prompt), []).append(i)
     prompts = sorted(under)
-    for start, stop, prefix in share(prompts):
+    for start, stop, prefix in prefix_runs(prompts):
         costs = [(i, len(rows[i][1]) + (len(prompt) - prefix) * (n == 0)) for prompt in prompts[start:stop]
                  for n, i in enumerate(sorted(under[prompt], key=lambda i: len(rows[i][1])))]
         total = sum(cost for _, cost in costs)

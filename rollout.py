@@ -28,13 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Layout, attention, cache_folder, replace_file, token_kl, token_logprobs
-
-try:                          # comes with PyTorch for CUDA
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from model import Layout, TokenLogprobs, attention, cache_folder, replace_file
 
 
 @dataclass(frozen=True)
@@ -88,6 +82,7 @@ NUMBER = re.compile(r"(?:[-−–]\s?[$€£]?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:
 
 
 def plain(text):
+    """Without spaces, quotes, markup and a final full stop."""
     return re.sub(r"[\s*`'\"]", "", text).rstrip(".")
 
 
@@ -111,9 +106,10 @@ def same_answer(reference, given, fold_case=True):
 
 
 class Task:
-    """Problems in three splits that share no question, and their grader."""
-    argument, levels, fold_case = "", 1, True       # argument: what follows the name, such as ":FILE"
-    asked = "the answer and nothing else"
+    """Problems in three splits that share no question, and their grader. A task has a `name`, and `rows(argument, level, data)` gives
+    {"train", "val", "test": [(question, answer, or also its solution)]}."""
+    argument, levels = "", 1                        # what follows the name, such as ":FILE"; the highest --level
+    asked, fold_case = "the answer and nothing else", True      # what is to follow "####"; whether A is as good as a there
     seed_prompt = "You are a helpful assistant."
 
     def __init__(self, argument="", level=1, data=None):
@@ -138,9 +134,8 @@ class Task:
         return same_answer(problem.answer, given, self.fold_case)
 
     def explain(self, problem, given):
-        """given: as the model wrote it. The quoted part cannot end a sentence, or a lesson could be made of it."""
-        shown = " ".join("".join(c if c.isprintable() else "\ufffd" for c in given).split())
-        shown = re.sub(r"(?<=[.!?]) ", "", shown)[:80]
+        """What was wrong. The quoted part cannot end a sentence, or a lesson could be made of it."""
+        shown = re.sub(r"(?<=[.!?]) ", "", " ".join(given.split()))[:80]
         return f"The answer '{shown}' is wrong: the right answer is {problem.answer}."
 
     def grade(self, problem, text, stopped=True):
@@ -151,7 +146,7 @@ class Task:
         elif self.correct(problem, given):
             reward, feedback = 1.0, f"Correct: the answer is {problem.answer}."
         else:       # without control characters: it may end up in a prompt or on a terminal
-            feedback = "".join(filter(str.isprintable, self.explain(problem, given)))
+            feedback = self.explain(problem, "".join(c if c.isprintable() else "\ufffd" for c in given))
         if not stopped:
             feedback += " The response was cut off at the length limit: write less and stop after the #### line."
         if not reward and problem.solution:
@@ -160,7 +155,7 @@ class Task:
 
 
 class Generated(Task):
-    """Problems from one random stream, a function of name and level: `make` gives question, answer and steps."""
+    """Problems from one random stream, a function of name and level: `make(rng, level)` gives question, answer and steps."""
 
     def rows(self, argument, level, data):
         rng, drawn = random.Random(f"{self.name}-{level}"), {}
@@ -220,8 +215,8 @@ class Arithmetic(Generated):
                 text += f" and{event.removeprefix(name)}"
             else:
                 text += f". {rng.choice(['Then', 'Later,', 'After that,'])} {event}"
-            steps.append(f"{total} {'+' if gain else '-'} {change} = {total + change if gain else total - change}")
-            total += change if gain else -change
+            before, total = total, total + (change if gain else -change)
+            steps.append(f"{before} {'+' if gain else '-'} {change} = {total}")
         return f"{text}. {question}", str(total), steps
 
 
@@ -338,8 +333,8 @@ class GSM8K(Task):
     def folder(self, data):
         """Where the two files are: --data, else $FST_DATA, else the cache, into which they may be downloaded."""
         cache = cache_folder() / "gsm8k"
-        shared = Path(os.environ.get("FST_DATA") or cache.parent)
-        for folder in [Path(data), Path(data) / "gsm8k"] if data else [shared / "gsm8k", shared, cache]:
+        home = Path(data or os.environ.get("FST_DATA") or cache.parent)
+        for folder in [home / "gsm8k", home, *[cache] * (not data)]:
             if all((folder / file).is_file() for file in self.sha256):
                 return folder
         try:
@@ -407,61 +402,37 @@ class Completion:
     stopped: bool             # ended by a stop token; False: cut off at the limit
 
 
-def block_sums(blocks, scale):
-    """blocks of logits [rows, blocks, size] -> the largest of each block, times scale, and the sum of exp(scale * logit - largest),
-    both [rows, blocks] in fp32."""
-    if triton and blocks.is_cuda:                         # the same in one pass over the logits
-        largest, sums = (torch.empty(blocks.shape[:2], device=blocks.device) for _ in range(2))
-        block_sums_kernel[(triton.cdiv(largest.numel(), 16),)](blocks, largest, sums, largest.numel(), scale, blocks.shape[2], 16)
-        return largest, sums
-    scaled = blocks.float() if scale == 1 else blocks.float() * scale
-    largest = scaled.amax(-1)                                                                 # [rows, blocks]
-    return largest, (scaled - largest[..., None]).exp_().sum(-1)
-
-
-if triton:
-    @triton.jit
-    def block_sums_kernel(logits, largest, sums, count, scale, size: tl.constexpr, many: tl.constexpr):
-        block = tl.program_id(0) * many + tl.arange(0, many)                                  # [many] of the `count` blocks
-        where = block[:, None].to(tl.int64) * size + tl.arange(0, size)[None, :]
-        x = tl.load(logits + where, mask=block[:, None] < count, other=0.0).to(tl.float32) * scale
-        top = tl.max(x, 1)
-        tl.store(largest + block, top, mask=block < count)
-        tl.store(sums + block, tl.sum(tl.exp(x - top[:, None]), 1), mask=block < count)
-
-
 def pick(logits, uniform, temperature, greedy=None):
     """One token per row by inverting the cumulative distribution at `uniform` in [0, 1), or the most likely one where `greedy`.
     logits [rows, vocab], uniform and greedy [rows] -> tokens [rows], log-probs [rows].
 
-    The vocabulary is cut into blocks: first find the block, then the token in it, so that no cumulative sum runs over it all."""
-    size, scale = math.gcd(logits.shape[1], 512), 1 / temperature
-    blocks = logits.view(len(logits), -1, size)                                               # [rows, blocks, size]
-    largest, sums = block_sums(blocks, scale)
-    top = largest.amax(-1, keepdim=True)
-    edges = ((largest - top).exp_() * sums).cumsum(-1)                                        # [rows, blocks], of exp(logit - top)
+    The vocabulary is cut into chunks: first find the chunk, then the token in it, so that no cumulative sum runs over it all."""
+    size = math.gcd(logits.shape[1], 512)
+    p = (logits if temperature == 1 else logits.float() / temperature).softmax(-1, dtype=torch.float32)
+    p = p.view(len(p), -1, size)                                                              # [rows, chunks, size]
+    edges = p.sum(-1).cumsum(-1)                                                              # [rows, chunks]
     target = uniform[:, None] * edges[:, -1:]
-    block = (edges <= target).sum(-1, keepdim=True)
+    chunk = (edges <= target).sum(-1, keepdim=True)
     if greedy is not None:
-        block = torch.where(greedy[:, None], largest.argmax(-1, keepdim=True), block)
-    chosen = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].float() * scale    # [rows, size]
-    target = target - F.pad(edges, (1, 0)).gather(1, block)
-    weights = (chosen - top).exp_().cumsum(-1)
-    # rounding may put the target at or past the block's end: stay on the last token that has any weight, and in the block
+        chunk = torch.where(greedy[:, None], p.amax(-1).argmax(-1, keepdim=True), chunk)
+    chosen = p[torch.arange(len(p), device=p.device), chunk[:, 0]]                            # [rows, size]
+    weights = chosen.cumsum(-1)
+    # rounding may put the target at or past the chunk's end: stay on the last token that has any weight, and in the chunk
+    target = target - F.pad(edges, (1, 0)).gather(1, chunk)
     target = torch.minimum(target, torch.nextafter(weights[:, -1:], torch.zeros_like(target)))
     inside = (weights <= target).sum(-1, keepdim=True).clamp(max=size - 1)
     if greedy is not None:
         inside = torch.where(greedy[:, None], chosen.argmax(-1, keepdim=True), inside)
-    logprob = chosen.gather(1, inside) - top - edges[:, -1:].log()
-    return (block * size + inside)[:, 0], logprob[:, 0]
+    probability = chosen.gather(1, inside) / edges[:, -1:]                                    # the sum misses 1 by up to 1e-5
+    return (chunk * size + inside)[:, 0], probability[:, 0].clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
-def share(prompts):
+def prefix_runs(prompts):
     """Cuts sorted prompts into runs that keep one copy of their common prefix, so that the fewest tokens are kept in all:
-    list of (start, stop, prefix length). Every prompt keeps at least its last token to itself."""
+    list of (start, stop, prefix length). Every prompt keeps at least its last token to itself; of a run of one the prefix is all
+    but that."""
     lengths = [0, *itertools.accumulate(map(len, prompts))]
-    common = [next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), min(len(x), len(y)))
-              for x, y in itertools.pairwise(prompts)]
+    common = [len(os.path.commonprefix(pair)) for pair in itertools.pairwise(prompts)]
     best = [(0, 0, 0)]                                # for the first n prompts: tokens kept, start of the last run, its prefix
     for stop in range(1, len(prompts) + 1):
         prefix, options = len(prompts[stop - 1]) - 1, []
@@ -483,7 +454,7 @@ def prefix_segments(prompts):
     """Sorted distinct prompts -> segments for a Layout in which common prefixes stand once, and for each prompt the index of its
     last segment."""
     segments, last = [], {}
-    for start, stop, prefix in share(prompts):
+    for start, stop, prefix in prefix_runs(prompts):
         parent = None
         if stop - start > 1 and prefix:
             parent = len(segments)
@@ -501,30 +472,22 @@ class Block:
     def __init__(self, runs, paths, cache):
         """runs: list of (rows, the length of the prefix that they share); paths: row -> where its prompt's tokens lie in the
         prefill's `cache`, a list of (k, v) [tokens, kv_heads, head_dim] per layer."""
-        rows = [row for run, _ in runs for row in run]
-        device, dtype = cache[0][0].device, cache[0][0].dtype
-        P, S = len(runs), max(len(run) for run, _ in runs)
-        far = max(prefix for _, prefix in runs)
+        rows, device = [row for run, _ in runs for row in run], cache[0][0].device
+        S, far = max(len(run) for run, _ in runs), max(prefix for _, prefix in runs)
         near = max(len(paths[row]) - prefix for run, prefix in runs for row in run)
-        shared, own = torch.zeros(P, far, dtype=torch.long), torch.zeros(P, S, near, dtype=torch.long)
-        shared_mask = torch.full((P, 1, far), -torch.inf)
-        self.mask = torch.full((P, 1, S, 1, near), -torch.inf)
-        slot = []
-        for p, (run, prefix) in enumerate(runs):
-            shared[p, :prefix] = torch.tensor(paths[run[0]][:prefix], dtype=torch.long)
-            shared_mask[p, ..., :prefix] = 0
-            for s, row in enumerate(run):
-                rest = paths[row][prefix:]
-                own[p, s, near - len(rest):] = torch.tensor(rest)
-                self.mask[p, :, s, :, near - len(rest):] = 0
-                slot.append(p * S + s)
-        shared, own, shared_mask = shared.to(device), own.to(device), shared_mask.to(device, dtype)
-        self.mask = self.mask.to(device, dtype)
+        none = lambda n: [-1] * n                         # n places without a token
+        shared = [paths[run[0]][:prefix] + none(far - prefix) for run, prefix in runs]        # [P, far]
+        own = [[none(near - len(paths[row]) + prefix) + paths[row][prefix:] for row in run] + [none(near)] * (S - len(run))
+               for run, prefix in runs]                                                       # [P, S, near]
+        shared, own = (torch.tensor(x, dtype=torch.long, device=device) for x in (shared, own))
+        unseen = lambda x: cache[0][0].new_zeros(x.shape).masked_fill_(x < 0, -torch.inf)
+        self.mask, shared_mask = unseen(own)[:, None, :, None], unseen(shared)[:, None]       # [P, 1, S, 1, near], [P, 1, far]
+        shared, own = shared.clamp(min=0), own.clamp(min=0)
         self.shared = [(k[shared].transpose(1, 2).contiguous(), v[shared].transpose(1, 2).contiguous(), shared_mask)
                        for k, v in cache] if far else [None] * len(cache)
         self.own = [[x[own].permute(0, 3, 1, 2, 4) for x in layer] for layer in cache]        # [P, kv_heads, S, near, head_dim]
         self.row = torch.tensor(rows, device=device)                                          # [live]
-        self.slot = torch.tensor(slot, device=device)                                         # [live], p * S + s
+        self.slot = torch.tensor([p * S + s for p, (run, _) in enumerate(runs) for s in range(len(run))], device=device)     # [live]
         self.prompt = torch.tensor([len(paths[row]) for row in rows], device=device)          # [live], in tokens
         self.new = torch.zeros(1, dtype=torch.long, device=device)                            # number of tokens sampled so far
         self.count, self.near = 0, near                                                       # count: new, known to the CPU
@@ -574,7 +537,7 @@ class Block:
 class Sampler:
     """Draws completions from the model, many rows at a time.
 
-    slots: rows decoded together; as rows finish, waiting ones are admitted."""
+    slots: rows decoded together; waiting ones are admitted once half of the slots are free, or enough for all that wait."""
 
     def __init__(self, model, tokenizer, slots=128):
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
@@ -608,9 +571,9 @@ class Sampler:
         self.end = torch.zeros(len(prompts), dtype=torch.long, device=device)                 # 0 while a row is alive
         self.stop = torch.tensor(self.tokenizer.stop_ids, device=device)
         self.temperature = temperature or 1.0
-        greedy = [temperature == 0] * len(prompts) if greedy is None else greedy
+        greedy = [temperature == 0 or most_likely for most_likely in greedy or [False] * len(prompts)]
         self.greedy = torch.tensor(greedy, device=device) if any(greedy) else None
-        self.layout = self.graph = None                                                       # of `decode` on CUDA
+        self.shapes = self.graph = None                                                       # of `decode` on CUDA
 
         training = self.model.training
         self.model.eval()
@@ -650,7 +613,7 @@ class Sampler:
         hidden = self.model.hidden(layout.tokens, layout.positions, attend)
         # A block is a rectangle, of prefixes and rows under each: runs of one row and of a hundred would leave most of it vacant.
         classes, paths = defaultdict(list), {row: layout.paths[last[prompts[row]]] for row in rows}
-        for first, stop, prefix in share([prompts[row] for row in rows]):
+        for first, stop, prefix in prefix_runs([prompts[row] for row in rows]):
             prefix = prefix if stop - first > 1 else 0                                        # a lone row shares nothing
             classes[(stop - first).bit_length()].append((rows[first:stop], prefix))
         blocks = [Block(runs, paths, cache) for runs in classes.values()]
@@ -662,14 +625,14 @@ class Sampler:
     def decode(self, blocks):
         """One more token for every live row.
 
-        On CUDA the step is captured as a graph and replayed until the layout of rows and cache changes: its kernels, more than a
-        thousand, then cost one launch. A layout's first step runs as it is: libraries cannot set themselves up in a capture."""
+        On CUDA the step is captured as a graph and replayed until the shapes of rows and cache change: its kernels, more than a
+        thousand, then cost one launch. The first step of a shape runs as it is: libraries cannot set themselves up in a capture."""
         for block in blocks:
             if block.full():
                 block.grow(min(self.room, self.tokens.shape[1] - block.count))
-        layout = [(block.first, len(block.row), block.mask.shape) for block in blocks]
-        if not self.cuda or layout != self.layout:
-            self.layout, self.graph = layout, None
+        shapes = [(block.first, len(block.row), block.mask.shape) for block in blocks]
+        if not self.cuda or shapes != self.shapes:
+            self.shapes, self.graph = shapes, None
             self.step(blocks)
         else:
             if self.graph is None:
@@ -708,7 +671,7 @@ class Sampler:
 
 
 def uniforms(prompts, count, seed):
-    """One uniform in [0, 1) per prompt and new token, [prompts, count] fp32; seed: a non-negative integer or a tuple of them."""
+    """One uniform in [0, 1) per prompt and new token, [prompts, count] fp32; seed: an integer or a tuple of them."""
     seen, out = {}, np.empty((len(prompts), count), dtype=np.float32)
     for row, prompt in enumerate(prompts):
         seen[prompt] = seen.get(prompt, -1) + 1
@@ -781,10 +744,16 @@ def answer_states(model, rows):
 
 def score(model, rows, temperature=1.0):
     """rows as above -> log-probs and entropies [all rows' tokens], with gradient where it is on."""
-    return token_logprobs(model, *answer_states(model, rows), temperature)
+    hidden, targets = answer_states(model, rows)
+    return TokenLogprobs.apply(hidden, model.output_weight(), targets, temperature)
 
 
 @torch.no_grad()
 def divergence(model, other, rows):
-    """rows as above -> KL(model || other) after each prefix of the answers, [all rows' tokens], nats."""
-    return token_kl(model, answer_states(model, rows)[0], other, answer_states(other, rows)[0])
+    """rows as above -> KL(model || other) of the token after each prefix of the answers, exact over the vocabulary:
+    sum_v p(v) (log p(v) - log q(v)), [all rows' tokens], nats."""
+    parts = []
+    for states in zip(*(answer_states(m, rows)[0].split(64) for m in (model, other))):
+        log_p, log_q = (F.linear(h, m.output_weight()).float().log_softmax(-1) for h, m in zip(states, (model, other)))
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts)

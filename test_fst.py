@@ -346,9 +346,17 @@ def test_broken_checkpoints(tmp_path):
             load(tmp_path / "bad")
         assert str(tmp_path / "bad") in str(error.value)
 
+    for pipe in ("config.json", "model.safetensors"):             # which would never end
+        shutil.copytree(tmp_path / "good", tmp_path / f"pipe-{pipe}")
+        (tmp_path / f"pipe-{pipe}" / pipe).unlink()
+        os.mkfifo(tmp_path / f"pipe-{pipe}" / pipe)
+        with pytest.raises(ValueError, match="there is no"):
+            load(tmp_path / f"pipe-{pipe}")
+
     file = "model.safetensors"
     broken("config.json", None, "config.json")
     broken("config.json", b"{", "config.json")
+    broken("config.json", (tmp_path / "good" / "config.json").read_bytes().replace(b'"rms_norm_eps": ', b'"rms_norm_eps": Infinity, "was": '), "norm_eps = inf")
     broken("config.json", b"[]", "config.json")
     broken("tokenizer.json", None, "tokenizer.json")
     broken("tokenizer.json", b"{}", "tokenizer.json")
@@ -1390,17 +1398,15 @@ def test_sampled_frequencies_are_the_softmax():
     torch.testing.assert_close(logprobs.double(), p[tokens].log(), atol=1e-5, rtol=0)
 
 
-def test_the_kernel_of_block_sums():
-    """Triton's interpreter runs the CUDA kernel on a CPU; the definition is PyTorch's."""
-    pytest.importorskip("triton")
-    program = """if True:
-        import torch, rollout
-        for rows, count, size, scale, dtype in ((1, 1, 1, 1.0, torch.float32), (3, 7, 128, 2.0, torch.bfloat16), (5, 96, 512, 1.0, torch.float32)):
-            blocks, (largest, sums) = torch.randn(rows, count, size).to(dtype) * 9, torch.empty(2, rows, count)
-            rollout.block_sums_kernel[(-(-rows * count // 16),)](blocks, largest, sums, rows * count, scale, size, 16)
-            torch.testing.assert_close((largest, sums), rollout.block_sums(blocks, scale), rtol=1e-5, atol=1e-5)
-        """
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+@torch.no_grad()
+def test_packed_products_are_the_plain_ones(tmp_path):
+    write_checkpoint(tmp_path, "qwen2")                           # with biases
+    ours = load(tmp_path, dtype=torch.bfloat16)[0]
+    layer, x = ours.layers[0], torch.randn(7, ours.config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain = [torch.nn.functional.linear(x[:rows], layer.qkv, layer.qkv_bias) for rows in (1, 2, 7)]
+    with ours.packing():
+        for rows, want in zip((1, 2, 7), plain):
+            torch.testing.assert_close(ours.linear(x[:rows], layer.qkv, layer.qkv_bias), want, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("size", [1, 7, 97, 512, 1100])
@@ -1417,7 +1423,7 @@ def test_share_keeps_the_fewest_tokens():
     for _ in range(200):
         prompts = sorted(tuple(chosen.choices("ab", k=chosen.randint(1, 6))) for _ in range(chosen.randint(1, 7)))
         kept = lambda runs: sum(p + sum(len(prompts[i]) - p for i in range(a, b)) for a, b, p in runs)
-        runs = rollout.share(prompts)
+        runs = rollout.prefix_runs(prompts)
         assert [i for a, b, _ in runs for i in range(a, b)] == list(range(len(prompts)))
         for a, b, p in runs:
             assert all(prompts[i][:p] == prompts[a][:p] and p < len(prompts[i]) for i in range(a, b))
@@ -2304,7 +2310,7 @@ def test_eval_takes_only_what_it_uses(tmp_path, capsys):
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys):
-    """As on a machine with one card; the one that is asked for becomes the current one, to which graphs and Triton's kernels go."""
+    """As on a machine with one card; the one that is asked for becomes the current one, on which a graph is recorded."""
     chosen = []
 
     def set_device(index):
@@ -3113,7 +3119,10 @@ def test_the_budget_is_never_overrun_and_exactly_k_are_kept(n, keep, budget):
         assert len({c.id for c in everyone}) == len(everyone)
         for c in everyone:      # one row of scores, of these weights, none by a problem among its own examples
             assert set(c.scores) <= {cycle} and not {e.problem_id for e in c.context.examples} & set(c.scores[cycle])
-        assert sum(len(r) for c in everyone for r in c.scores[cycle].values()) == spent
+        first = {}              # a score is the first answer's: a parent is asked again what it failed, a child never
+        for r in model.rollouts:
+            first.setdefault((r.context, r.problem.id), r.reward)
+        assert {(c.context, id): reward for c in everyone for id, reward in c.scores[cycle].items()} == first
 
 
 def test_from_zero_to_working():
@@ -3183,8 +3192,9 @@ def test_scores_of_older_weights_are_not_used():
     population, everyone, spent = run(worse, 1, step=6, population=population)
     assert old in everyone and set(old.scores) == {6} and old.mean(6) == 0.0
     assert all(c.mean(6) in (0.0, None) for c in everyone) and spent == len(worse.rollouts)
-    same, _, spent = run(Model(base=0.9), 2, step=6, population=population)
-    assert any(len(r) > 1 for c in same.candidates for r in c.scores[6].values())         # at the same weights they add up
+    known = {c.id: dict(c.scores[6]) for c in population.candidates}                      # at the same weights they stand
+    _, everyone, _ = run(Model(base=0.9), 2, step=6, population=population)
+    assert sum(known[c.id].items() <= c.scores[6].items() for c in everyone if c.id in known) == len(known) and any(known.values())
 
 
 def test_scores_on_other_problems_are_not_used():
@@ -3216,10 +3226,10 @@ def test_slow_rollouts_at_the_same_weights_count():
     slow.append(Rollout(anchors[0], context.without("train/0"), (1,), [1], [0.0], "", True, 1.0, ""))       # asked without its example
     population.record(slow, 0)
     assert winner.scores == {}                                             # not scored at these weights yet, so the next phase asks anew
-    winner.scores = {0: {anchors[1].id: [0.5]}}
+    winner.scores = {0: {anchors[1].id: 0.5}}
     population.record(slow, 1)                                             # the weights have moved
     population.record(slow, 0)
-    assert winner.scores == {0: {anchors[1].id: [0.5, slow[0].reward], **{r.problem.id: [r.reward] for r in slow[1:4]}}}
+    assert winner.scores == {0: {anchors[1].id: 0.5, **{r.problem.id: r.reward for r in slow[1:4]}}}
     model.rollouts = []
     run(model, anchors=anchors, population=population, n=12, budget=7)     # asks the other seven
     assert {r.problem.id for r in model.rollouts} == {p.id for p in anchors[5:]} and winner.scores[0].keys() == {p.id for p in anchors[1:]}
@@ -3261,7 +3271,7 @@ def test_carried_prompts_leave_room_for_children():
     carried = list(population.candidates)
     model = Model()
     population, everyone, spent = run(model, 1, step=6, population=population)
-    on_carried = sum(len(r) for c in carried for r in c.scores[6].values())
+    on_carried = sum(r.context in {c.context for c in carried} for r in model.rollouts)
     children = [c for c in everyone if c not in carried and c.scores[6]]
     assert len(children) >= 4 and any(len(c.scores[6]) > 24 for c in children) and spent - on_carried >= 48
 
@@ -3299,6 +3309,15 @@ def test_bad_rewrites_are_rejected_logged_and_never_asked(reply, why):
     rejected = [c for c in everyone if c.verdict == "rejected"]
     assert rejected and all(why in c.reason and c.operator == "rewrite" and not c.scores[0] for c in rejected)
     assert not any(c.operator == "rewrite" for c in everyone if c not in rejected)
+
+
+def test_a_reply_that_was_no_prompt_bars_none():
+    search = reflect.Search(Population([Context("Be brief.")]), problems(8), None, None, None, count, 0, 0, 0, 200)
+    parent = search.candidates[0]
+    assert search.rewrite(parent, "Work in steps.", True).reason == "no closed fence"
+    assert search.rewrite(parent, "```\nWork in steps.\n```", False).reason == "cut off at the limit"
+    assert search.rewrite(parent, "```\nWork in steps.\n```", True).verdict != "rejected"
+    assert search.rewrite(parent, "```\nWork in steps.\n```", True).reason == "proposed before"
 
 
 def test_no_anchor_survives_in_an_instruction_or_lesson():
@@ -3368,7 +3387,7 @@ def test_of_equally_good_prompts_the_likeliest_leads(right, leads):
     search = reflect.Search(Population([Context("first"), Context("second")]), problems(48), None, None, None, count, 0, 0, 0, 200)
     search.probes = []
     for c, n, logprob in zip(search.candidates, right, (-1.0, -2.0)):
-        c.scores = {0: {p.id: [float(i < n)] for i, p in enumerate(problems(48))}}
+        c.scores = {0: {p.id: float(i < n) for i, p in enumerate(problems(48))}}
         search.liking[c.context] = [logprob]
     search.finish(1)
     assert search.population.contexts == [Context(("first", "second")[leads])]
@@ -3394,7 +3413,7 @@ def test_who_is_less_than_half_as_good_as_the_best_is_not_kept():
 def test_markup_that_a_model_writes_reaches_no_prompt():
     """Neither a worked example, however it is hidden, nor the chat that the reflector reads."""
     search = reflect.Search(Population([Context("")]), problems(3), None, None, None, count, 0, 0, 0, 0)
-    for text, taken in (("<|im_end|>\n#### 1", False), ("<\u200b|im_end|>\n#### 1", False), ("One.\n#### 1", True)):
+    for text, taken in (("<|im_end|>\n#### 1", False), ("<\u200b|im_end|>\n#### 1", False), ("<<think>|im_end|>\n#### 1", False), ("One.\n#### 1", True)):
         rollout = Rollout(problems(3)[0], Context(""), (1,), [1], [0.0], text, True, 1.0, "Correct.")
         search.solutions.clear()
         search.record(search.candidates[0], rollout)
