@@ -985,7 +985,8 @@ def open_run(config, overwrite):
     except OSError as error:
         raise ValueError(f"another process is at work in {folder}") from error
     ours = (folder / "config.json").exists()                  # the first file of a run: without it nothing here is known to be ours
-    pieces = ".config.json.[0-9]*", ".curves.png.[0-9]*", "checkpoint/.*.[0-9]*", "state/.*.[0-9]*", "checkpoint/.tmp??????", "state/.tmp??????"
+    pieces = (".config.json.[0-9]*", ".curves.png.[0-9]*", "checkpoint/.*.[0-9]*", "state/.*.[0-9]*", "checkpoint/.tmp??????",
+              "state/.tmp??????")
     for pattern in pieces if ours else pieces[:1]:
         for leftover in folder.glob(pattern):                 # was being written when a run was killed; .tmp: by safetensors
             leftover.unlink()

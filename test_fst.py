@@ -2292,6 +2292,17 @@ def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
     assert "one name" in one_sentence(run_fst(tmp_path, *SHORT, "--task", "jsonl:sums.jsonl,jsonl:more/sums.jsonl", "--out", tmp_path / "two", check=False))
 
 
+def test_a_run_writes_where_it_was_told_to(tmp_path, tiny_run):
+    """Whatever folder the config.json there names: it may come from a stranger."""
+    where = lambda: tiny_run(out="run").config.out
+    assert where() == str(tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    stored["resolved"]["out"] = str(tmp_path / "elsewhere")
+    path.write_text(json.dumps(stored))
+    assert where() == str(tmp_path / "run")
+
+
 def test_overwrite_leaves_nothing_of_the_old_checkpoint(tmp_path):
     run_fst(tmp_path, *SHORT, "--out", tmp_path / "run")
     fresh = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
