@@ -2848,7 +2848,7 @@ def test_table_of_the_peers(tmp_path):
             row | {"seed": 0, "greedy": 0.7, "max_new_tokens": 64}]
     (tmp_path / "bench_gepa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables.peers(tmp_path / "bench_gepa.jsonl")
-    low, high = fst.wilson(20, 100)
+    low, high = fst.wilson(10, 50)
     line, other = (tmp_path / "bench_gepa.md").read_text().splitlines()[-2:]
     assert line == (f"| t, 32 | ours | 2 | 240 (240..240) | 20.0% (10.0%..30.0%) | {low:.1%} to {high:.1%} | 25.0% (25.0%..25.0%) | "
                     "100.0% (100.0%..100.0%) | 50.0% (50.0%..50.0%) | 300 (300..300) |")

@@ -282,13 +282,13 @@ def peers(path):
     for key, row in sorted(latest.items()):
         groups[key[:3]].append(row)
     lines = [f"# {path.stem}", "", f"Written by `python results/figures.py` from `{path.name}`: held-out accuracy, and share of answers in the asked form, with the best "
-             "prompt of each system. Mean (lowest..highest) over seeds; greedy with the 95% interval (Wilson's) of the share of all seeds' answers, as "
-             "if they were of different problems.", "",
+             "prompt of each system. Mean (lowest..highest) over seeds; greedy with the 95% interval (Wilson's) over problems: the "
+             "seeds' answers to one problem count as one observation, which errs on the wide side.", "",
              "| task, limit of an answer | system | seeds | rollouts | greedy | 95% | sampled | in form, greedy | in form, sampled | tokens of the prompt |", "|" + "---|" * 10]
     for (task, limit, system), rows in groups.items():
         cells = {key: spread([row[key] for row in rows], percent) for key in keys}
-        n = sum(row["problems"] for row in rows)
-        low, high = wilson(sum(row["greedy"] * row["problems"] for row in rows), n)
+        answers, n = sum(row["problems"] for row in rows), max(row["problems"] for row in rows)       # every seed is asked the same
+        low, high = wilson(sum(row["greedy"] * row["problems"] for row in rows) / answers * n, n)
         lines.append(f"| {task}, {limit} | {system} | {len(rows)} | {spread([row['rollouts'] for row in rows], '{:.0f}'.format)} | {cells['greedy']} | {low:.1%} to {high:.1%} | "
                      f"{cells['sampled']} | {cells['greedy_format']} | {cells['sampled_format']} | {spread([row['prompt_tokens'] for row in rows], '{:.0f}'.format)} |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
