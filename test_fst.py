@@ -80,7 +80,6 @@ def mixed(more):
 # Tokenizer, loading, saving
 
 
-GSM8K = Path(os.environ.get("FST_DATA", ROOT.parent / "shared" / "data")) / "gsm8k" / "train.jsonl"
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 # One character or more of every class that the split patterns tell apart.
@@ -578,7 +577,7 @@ def smollm2():
 
 
 def test_smollm2_through_transformers(smollm2, tmp_path):
-    """What we saved speaks English and answers right when transformers runs it; the weights are the GGUF file's, to the bit."""
+    """What we saved speaks English and answers right when transformers runs it; and its logits are ours."""
     directory = model.smollm2()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
@@ -606,11 +605,9 @@ def test_smollm2_tokenizer(smollm2):
         agree(ours, independent, text)
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
 
-    with open(GSM8K, encoding="utf-8") as file:
-        for line in itertools.islice(file, 500):
-            row = json.loads(line)
-            assert ours.decode(ours.encode(row["question"])) == row["question"]
-            check(row["question"] + "<|im_end|>\n" + row["answer"])
+    for problem in get_task("arithmetic", 3).problems("val") + (get_task("gsm8k").problems("train")[:500] if os.environ.get("FST_DATA") else []):
+        assert ours.decode(ours.encode(problem.question)) == problem.question
+        check(problem.question + "<|im_end|>\n" + problem.solution)
 
     ten_thousand(check, RANDOM_TEXT, mixed(ALPHABET))
 
@@ -1389,7 +1386,7 @@ def test_samples_differ_within_a_group_and_between_seeds(tiny):
 
 
 def test_sampled_frequencies_are_the_softmax():
-    """2: untruncated; 40,000 draws from 1,000 tokens, chi-squared, and the log-prob is that of the tempered softmax."""
+    """2: untruncated; of 40,000 evenly spaced uniforms each of 1,000 tokens gets its share, and the log-prob is the tempered softmax's."""
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) * 2
     uniform = (torch.arange(40000) + 0.5) / 40000
     tokens, logprobs = rollout.pick(logits.expand(40000, -1), uniform, 0.8)
@@ -1520,7 +1517,7 @@ def test_kl_penalty_has_the_exact_gradient():
 
 @dataclasses.dataclass
 class Echo(rollout.Task):
-    """Right if the answer's second token is of an even id: something that a random model does half of the time."""
+    """Right if the answer is of an odd length: something that a random model does half of the time."""
     name = "echo"
 
     def __init__(self, *_):
@@ -1528,6 +1525,20 @@ class Echo(rollout.Task):
 
     def grade(self, problem, text, stopped=True):
         return rollout.Grade(float(len(text) % 2), f"{problem.id}: the length is {'odd' if len(text) % 2 else 'even, not odd'}. #### {len(text)}")
+
+
+TINY = ("--dtype float32 --device cpu --steps 4 --cycle 2 --batch 3 --group 4 --prompts 2 --max-new-tokens 8 --lr 1e-3 --eval-problems 4 "
+        "--eval-samples 2 --reflection-tokens 12 --slots 16").split()                          # runs of a tiny random model
+
+
+def parity(text):
+    """In the place of extract_answer: something that a random model gets right half of the time."""
+    return str(len(text) % 2)
+
+
+def write_parities(path, shift=0):
+    """Problems for it."""
+    return write(path, [{"question": f"What is {i} and {i % 7 + shift}?", "answer": str(i % 2), "solution": f"{i} is {i % 2}\n#### {i % 2}"} for i in range(120)])
 
 
 @pytest.fixture
@@ -1538,9 +1549,7 @@ def tiny_run(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "model", "qwen3")
 
     def make(*flags, out="run"):
-        arguments = ["--task", "echo", "--model", tmp_path / "model", "--dtype", "float32", "--steps", 4, "--cycle", 2, "--batch", 3, "--group", 4,
-                     "--prompts", 2, "--max-new-tokens", 8, "--lr", 1e-3, "--eval-problems", 4, "--eval-samples", 2, "--reflection-tokens", 12,
-                     "--slots", 16, "--out", tmp_path / out, *flags]
+        arguments = ["--task", "echo", "--model", tmp_path / "model", *TINY, "--out", tmp_path / out, *flags]
         config, _ = fst.parse([str(a) for a in arguments])
         resolved, _ = fst.open_run(config, False)
         return fst.Run(resolved)
@@ -1679,28 +1688,58 @@ def test_a_prompt_that_no_anchor_may_score(tiny_run):
     assert "best" not in row and row["kept"] == [0] and "best prompt nan%" in fst.describe(row)
 
 
+def test_what_a_fast_phase_gives_to_the_search(tiny_run, monkeypatch):
+    """24, 26: the cycle's own training problems, the weights' step, the model's own answers, all of them counted; the likelihood is
+    transformers'; with --reflector base the starting weights write."""
+    run, generate, drawn, given = tiny_run("--reflector", "base"), Sampler.generate, [], {}
+    run.learner.updates = 5
+    monkeypatch.setattr(Sampler, "generate", lambda self, *a: drawn.append((self.model, generate(self, *a))) or drawn[-1][1])
+    names = "population", "anchors", "ask", "write", "likelihood", "count"
+    monkeypatch.setattr(reflect, "evolve", lambda *a, **more: given.update(zip(names, a), **more) or ([], 7))
+    run.fast(0, 1)
+    assert [p.id for p in given["anchors"]] == [p.id for step in (2, 3) for p in run.batch(0, step)] and given["step"] == 5
+    assert given["budget"] == 30 and given["keep"] == 2 and run.spent["fast_rollouts"] == 7
+    jobs = [(Context("Be brief."), p) for p in given["anchors"]]
+    one, again = given["ask"](jobs, 1), given["ask"](jobs, 2)
+    assert [(r.context, r.problem) for r in one] == jobs and [r.tokens for r in one] != [r.tokens for r in again]
+    replies = given["write"]([[{"role": "user", "content": "Write."}]] * 3, 3)
+    assert [m is run.base for m, _ in drawn] == [False, False, True]
+    assert replies == [(run.tokenizer.decode(c.tokens[:len(c.tokens) - c.stopped]), c.stopped) for c in drawn[2][1]]
+    assert run.spent["fast_tokens"] == sum(len(c.tokens) for _, completions in drawn for c in completions)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run.config.model, dtype=torch.float32)
+    chats = [run.tokenizer.chat(context.messages(p.question)) for context, p in jobs]
+    want = [alone(theirs, chat, [*run.tokenizer.encode("#### 1"), run.tokenizer.turn_end])[0].mean().item() for chat in chats]
+    assert given["likelihood"]([(*job, "#### 1") for job in jobs]) == pytest.approx(want, abs=1e-4)
+
+
 def sampled(run, seed=0):
     jobs = [(context, problem) for problem in run.batch(0, 0) for context in run.contexts(0) for _ in range(4)]
     return rollout.ask(run.sampler, run.tasks[0], jobs, 8, 1.0, seed)
 
 
-def test_one_step_equals_the_obvious_one(tiny_run):
-    """7, 9, 11, 13 of a whole step: the gradient of the written-out objective with transformers' log-probs, by any micro-batch and order."""
-    run = tiny_run("--method", "rl", "--group", 4)
+@pytest.mark.parametrize("loss", fst.LOSSES)
+def test_one_step_equals_the_obvious_one(tiny_run, loss):
+    """5, 7, 9, 10, 11 of a whole step: the gradient of the written-out objective with transformers' log-probs, by any micro-batch. The
+    sampler's log-probs are moved so that caps and clips act."""
+    run = tiny_run("--method", "rl", "--loss", loss, "--cap", 3, "--clip", 100)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run.config.model, dtype=torch.float32)
-    rollouts = sampled(run)
+    ratios = itertools.cycle([1.0, 0.5, 1.25, 5.0, 0.9])
+    rollouts = [dataclasses.replace(r, logprobs=[x - math.log(next(ratios)) for x in r.logprobs]) for r in sampled(run)]
+    assert any(r.stopped for r in rollouts)
     rewards = torch.tensor([r.reward for r in rollouts]).view(3, 4)
     rewards[1] = 1.0                                                            # a flat group
     rewards[0] = torch.tensor([1.0, 0, 0, 0])
     objective, groups = 0, [g for g in range(3) if rewards[g].std() > 0]
+    length = lambda rows: sum(len(r.tokens) for r in rows)
     for g in groups:
         rows = rollouts[4 * g:4 * g + 4]
-        scaled = (rewards[g] - rewards[g].mean()) / (rewards[g].std(correction=0) + 1e-6)
-        tokens = sum(len(r.tokens) for r in rows)
+        scaled = (rewards[g] - rewards[g].mean()) / (1 if loss == "dr_grpo" else rewards[g].std(correction=0) + 1e-6)
         for r, a in zip(rows, scaled):
             logp, _ = alone(theirs, r.prompt, r.tokens)
-            rho = (logp.detach() - torch.tensor(r.logprobs)).exp().clamp(max=4)
-            objective = objective - (rho * a * logp).sum() / tokens / len(groups)
+            rho = (logp - torch.tensor(r.logprobs)).exp()
+            gain = rho.detach().clamp(max=3) * a * logp if loss == "cispo" else torch.minimum(rho * a, rho.clamp(0.8, 1.28 if loss == "dapo" else 1.2) * a)
+            objective = objective - gain.sum() / {"cispo": length(rows) * len(groups), "grpo": len(r.tokens) * 4 * len(groups), "dr_grpo": 8 * 4 * len(groups),
+                                                  "dapo": length(r for k in groups for r in rollouts[4 * k:4 * k + 4])}[loss]
     objective.backward()
     named = dict(theirs.named_parameters())
     gradients = []
@@ -1717,9 +1756,10 @@ def test_one_step_equals_the_obvious_one(tiny_run):
 
 
 def test_stop_token_is_trained_and_nothing_after_it(tiny_run):
-    """5: by position: the completion ends with its stop token, whose gradient is there; no row holds anything behind it."""
+    """5: by position: what is trained ends with the stop token, and holds nothing behind it."""
     run = tiny_run("--method", "rl")
     rows = sampled(run)
+    assert any(r.stopped for r in rows)
     for r in rows:
         stops = [i for i, token in enumerate(r.tokens) if token in run.tokenizer.stop_ids]
         assert stops == ([len(r.tokens) - 1] if r.stopped else [])
@@ -1734,6 +1774,8 @@ def test_ratio_is_one_before_any_update(tiny_run):
     recorded = torch.tensor([x for r in rollouts for x in r.logprobs])
     assert (logprobs - recorded).abs().max() < 1e-4
     assert (logprobs - recorded).abs().mean() < 1e-6
+    row = run.slow(0, 0)                                                        # the step samples and trains at that temperature
+    assert row["trained_rows"] and row["kl_sampler"] < 1e-9
 
 
 def test_a_batch_without_signal_moves_nothing(tiny_run):
@@ -1797,7 +1839,9 @@ def test_the_log_tells_the_truth(tiny_run):
     flat = sum(drawn, [])
     for loss, low, high in (("cispo", 0, 4), ("grpo", 0.8, 1.2), ("dapo", 0.8, 1.28), ("dr_grpo", 0.8, 1.2)):
         run.config = dataclasses.replace(run.config, loss=loss)
-        assert run.reinforce(rollouts, rewards)["capped"] == pytest.approx(sum(not low <= x <= high for x in flat) / len(flat))
+        row = run.reinforce(rollouts, rewards)
+        assert row["capped"] == pytest.approx(sum(not low <= x <= high for x in flat) / len(flat))
+        assert row["kl_sampler"] == pytest.approx(statistics.mean(x - 1 - math.log(x) for x in flat), rel=1e-4)
 
 
 def test_the_penalty_under_a_drawn_prompt_is_right_on_average(tiny_run):
@@ -1809,7 +1853,7 @@ def test_the_penalty_under_a_drawn_prompt_is_right_on_average(tiny_run):
     run.slow(0, 0)
     for p in run.base.parameters():
         p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
-    rewards, rows = torch.tensor([[1.0, 0, 0, 1]] * 3), [(r.prompt, r.tokens) for r in seen]
+    rewards, rows = torch.tensor([[1.0, 1, 0, 0]] * 3), [(r.prompt, r.tokens) for r in seen]      # one prompt always wins
     for step in range(10):
         run.steps_done = lambda: step
         run.learner.update = lambda: gradients.update({drawn: {n: m.grad.clone() for n, m in run.learner.masters.items()}})
@@ -1851,20 +1895,28 @@ def test_micro_batches_keep_contexts_together():
 
 
 def test_each_row_is_trained_under_its_own_prompt(tiny_run):
-    """12, 15: G / K rollouts under each of K prompts; a problem that is an example is asked without it."""
+    """11, 12, 19, 21, 23: G / K rollouts under each of K prompts, each with its own reward; a problem that is an example is asked without it;
+    the next step on the same problems draws anew."""
     run = tiny_run("--method", "fst", "--group", 4)
     problems = run.batch(0, 0)
     own = Context("two", (Example(problems[0].question, "copy me", problems[0].id), Example("q", "a", "other")))
     run.population = reflect.Population([Context("one"), own])
-    seen = []
-    run.reinforce = lambda rollouts, rewards: seen.extend(rollouts) or {}
-    run.slow(0, 0)
+    seen, rewarded = [], []
+    run.reinforce = lambda rollouts, rewards: (seen.extend(rollouts), rewarded.append(rewards)) and {}
+    row = run.slow(0, 0)
+    groups = [[float(len(r.text) % 2) for r in seen[i:i + 4]] for i in (0, 4, 8)]              # Echo's rewards
+    assert rewarded[0].tolist() == groups and row["reward"] == pytest.approx(statistics.mean(sum(groups, [])))
+    assert row["flat"] == pytest.approx(sum(len(set(group)) == 1 for group in groups) / 3) and 0 < row["reward"] < 1
+    assert row["finished"] == sum(r.stopped for r in seen) / 12 and row["slow_tokens"] == 12 * row["length"] == sum(len(r.tokens) for r in seen)
     assert [(r.problem.id, r.context.system) for r in seen] == [(p.id, s) for p in problems for s in ("one", "one", "two", "two")]
     assert all(r.problem.id not in {e.problem_id for e in r.context.examples} for r in seen)
     assert len(seen[2].context.examples) == 1 and len(seen[6].context.examples) == 2
     assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in seen)
-    kept = [json.loads(line) for line in (run.folder / "rollouts.jsonl").read_text().splitlines()]
+    kept = fst.read_rows(run.folder / "rollouts.jsonl")
     assert [(r["problem"], r["text"]) for r in kept] == [(r.problem.id, r.text) for r in seen[::5]]          # the 0th, 1st, 2nd of a group
+    run.batch = lambda *_: problems
+    run.slow(0, 1)
+    assert all(a.prompt == b.prompt and a.tokens != b.tokens for a, b in zip(seen[:12], seen[12:]))
 
 
 def test_kl_to_the_base_is_under_the_answers_own_prompts(tiny_run):
@@ -1883,13 +1935,18 @@ def test_kl_to_the_base_is_under_the_answers_own_prompts(tiny_run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fst, "examine", lambda *arguments: asked.append(examine(*arguments)) or asked[-1])
         row = run.evaluate(0, "val", 8)
-    for key, under, system in zip(("kl_base", "seed_kl_base"), asked[0], ("another prompt altogether", run.tasks[0].seed_prompt)):
+    for prefix, under, system in zip(("", "seed_"), asked[0], ("another prompt altogether", run.tasks[0].seed_prompt)):
+        problems = [rollouts[0].problem for rollouts in under]
+        best = rollout.ask(run.sampler, run.tasks[0], [(Context(system), p) for p in problems], 8, 0.0)
+        assert {p.id.split("/")[0] for p in problems} == {"val"} and [r.tokens for r in best] == [rollouts[0].tokens for rollouts in under]
+        assert row[f"{prefix}greedy"] == pytest.approx(statistics.mean(r.reward for r in best))
+        assert row[f"{prefix}mean"] == pytest.approx(statistics.mean(r.reward for rollouts in under for r in rollouts[1:]))
         judged = [rollouts[1] for rollouts in under[::2]]                       # the first sampled answer
         assert len(judged) == 4 and all(r.prompt == tuple(run.tokenizer.chat(Context(system).messages(r.problem.question))) for r in judged)
         with torch.no_grad():
             every = lambda m, r: m(torch.tensor([[*r.prompt, *r.tokens]])).logits[0, len(r.prompt) - 1:-1].log_softmax(-1)      # [tokens, vocab]
             kl = torch.cat([(every(moved, r).exp() * (every(moved, r) - every(base, r))).sum(-1) for r in judged])
-        assert row[key] == pytest.approx(kl.mean().item(), rel=1e-3) and row[key] > 0.01
+        assert row[f"{prefix}kl_base"] == pytest.approx(kl.mean().item(), rel=1e-3) and row[f"{prefix}kl_base"] > 0.01
 
 
 def test_batches_are_a_function_of_seed_and_step(tiny_run):
@@ -1920,10 +1977,15 @@ def test_distill_moves_towards_the_teacher(tiny_run):
     with torch.no_grad():
         wanted = score(run.model, prompted)[0]
         before = gap()
-    row = run.distill(rollouts, [teacher] * len(rollouts))
+    own = Context(teacher.system, (Example("q", "a", rollouts[0].problem.id),))              # its example of that very problem is left out
+    row = run.distill(rollouts, [own if r.problem == rollouts[0].problem else teacher for r in rollouts])
     assert row["loss"] == pytest.approx(before, rel=1e-4)
     with torch.no_grad():
         assert gap() < 0.9 * before
+    run.population, pairs = reflect.Population([Context("one"), Context("two")]), []
+    run.distill = lambda rollouts, teachers: pairs.extend(zip(rollouts, teachers)) or {}
+    run.slow(0, 0)
+    assert [(r.context, t.system) for r, t in pairs] == 3 * [(seed, "one"), (seed, "one"), (seed, "two"), (seed, "two")]
 
 
 def test_the_gradient_is_clipped_to_its_norm(tmp_path):
@@ -2029,7 +2091,7 @@ def test_out_of_memory_repeats_the_step_in_smaller_micro_batches(tiny_run, monke
     else:
         step = run.learner.optimizer.step
         run.learner.optimizer.step = lambda: (fail(1), step())
-    monkeypatch.setattr(rollout, "extract_answer", lambda text: str(len(text) % 2))
+    monkeypatch.setattr(rollout, "extract_answer", parity)
     for step_ in range(2):
         row, wanted = run.slow(0, step_), other.slow(0, step_)
         assert {k: v for k, v in row.items() if k not in CLOCKS} == {k: v for k, v in wanted.items() if k not in CLOCKS}
@@ -2064,9 +2126,7 @@ def test_memory_is_what_the_plan_says(tmp_path, monkeypatch):
         monkeypatch.setitem(SMALL, key, value)
     monkeypatch.setitem(KINDS["qwen3"][1], "head_dim", 64)
     write_checkpoint(tmp_path / "model", "qwen3")
-    rows = [{"question": f"What is {i} and {i % 7}?", "answer": str(i % 2)} for i in range(120)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--task", f"jsonl:{tmp_path / 'data.jsonl'}", "--model", tmp_path / "model", "--dtype", "float32", "--device", "cpu",
+    flags = ["--task", f"jsonl:{write_parities(tmp_path / 'data.jsonl')}", "--model", tmp_path / "model", "--dtype", "float32", "--device", "cpu",
              "--method", "rl", "--batch", 8, "--group", 16, "--max-new-tokens", 32, "--slots", 64, "--prompt-tokens", 64,
              "--out", tmp_path / "run"]
     for more in (["--micro-batch", "auto", "--memory", 1.0], ["--micro-batch", 2048, "--overwrite"]):
@@ -2122,17 +2182,14 @@ def test_out_of_memory_ends_with_one_sentence(tmp_path, monkeypatch):
 
 
 def run_fst(folder, *flags, kill=None, check=True):
-    """`python fst.py` in a process of its own on a tiny random model; kill: seconds until SIGKILL."""
+    """`python fst.py` on a tiny random model, in this process; kill: in one of its own, and the seconds until SIGKILL."""
     if not (folder / "model").exists():
         write_checkpoint(folder / "model", "qwen3")
-        rows = [{"question": f"What is {i} and {i % 7}?", "answer": str(i % 2), "solution": f"{i} is {i % 2}\n#### {i % 2}"} for i in range(120)]
-        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--task", f"jsonl:{folder / 'data.jsonl'}", "--model", folder / "model", "--dtype", "float32", "--device", "cpu", "--steps", 4,
-                 "--cycle", 2, "--batch", 3, "--group", 4, "--prompts", 2, "--max-new-tokens", 8, "--lr", 1e-3, "--eval-problems", 4,
-                 "--eval-samples", 2, "--reflection-tokens", 12, "--save-every", 1, "--slots", 16, *flags]
+        write_parities(folder / "data.jsonl")
+    arguments = ["--task", f"jsonl:{folder / 'data.jsonl'}", "--model", folder / "model", *TINY, "--save-every", 1, *flags]
     if kill is None:
         with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rollout, "extract_answer", lambda text: str(len(text) % 2))
+            patch.setattr(rollout, "extract_answer", parity)
             code = fst.main([str(a) for a in arguments])
         assert not check or code == 0, err.getvalue()
         return SimpleNamespace(code=code, err=[line for line in err.getvalue().splitlines() if line.startswith("fst.py:")],
@@ -2151,7 +2208,7 @@ CLOCKS = ("seconds", "sample_seconds", "train_seconds", "tokens_per_second")
 
 
 def what_counts(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = fst.read_rows(folder / "metrics.jsonl")
     return ([{key: value for key, value in row.items() if key not in CLOCKS} for row in rows],
             *((folder / name).read_bytes() for name in ("prompts.jsonl", "rollouts.jsonl", "checkpoint/model.safetensors", "checkpoint/prompts.json")))
 
@@ -2200,7 +2257,7 @@ def test_tasks_in_turn(tmp_path, method):
         assert fst.main(["--eval", str(tmp_path / "run")]) == 0
     assert [name for name, _ in examined] == 2 * ["jsonl:data"] + 2 * ["jsonl:more"]          # base and trained weights
     assert method == "fst" or all(systems == {own[name]} for name, systems in examined)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = fst.read_rows(tmp_path / "run" / "metrics.jsonl")
     evals = [(row["task"][6:], row["split"], row["step"]) for row in rows if row["kind"] == "eval"]
     assert evals == [("data", "val", 0), ("data", "val", 2), ("data", "val", 4), ("more", "val", 6), ("data", "val", 8), ("more", "val", 8),
                      ("data", "test", 8), ("more", "test", 8)]
@@ -2657,7 +2714,7 @@ def test_a_strangers_links_are_not_followed(stranger, capsys, tmp_path):
 
 
 def test_check_and_eval(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rollout, "extract_answer", lambda text: str(len(text) % 2))
+    monkeypatch.setattr(rollout, "extract_answer", parity)
     run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2)
     assert fst.main(["--eval", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
@@ -2730,7 +2787,7 @@ def test_what_is_learnt_comes_from_the_reward(tmp_path, monkeypatch, answers_at_
     assert fst.main(["--task", "letters", "--model", str(answers_at_random), "--out", str(tmp_path / "run"), *(
         "--method fst --dtype float32 --device cpu --steps 40 --cycle 20 --batch 8 --group 16 --prompts 2 --max-new-tokens 3 --lr 3e-3 --kl 0 "
         "--warmup 0 --eval-problems 64 --eval-samples 4 --prompt-tokens 90 --reflection-tokens 8 --micro-batch 4096").split()]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = fst.read_rows(tmp_path / "run" / "metrics.jsonl")
     first, *_, last, test = [row for row in rows if row["kind"] == "eval"]
     assert all(0.4 < first[key] < 0.6 for key in ("mean", "seed_mean"))
     for key in ("mean", "seed_mean"):                                           # 256 answers: a standard error of 0.03
@@ -2771,7 +2828,7 @@ def test_a_table_says_what_the_rows_say(tmp_path):
         cells = {f"{cell}{key}": 0.25 * (seed + 1) for cell in ("base_seed_", "base_", "seed_", "") for key in ("greedy", "mean")}
         rows += [point | cells | {"split": "test", "n": 128, "samples": 1}] if (method, seed) != ("rl", 1) else []
         (tmp_path / f"{method}-{seed}").mkdir()
-        (tmp_path / f"{method}-{seed}" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(tmp_path / f"{method}-{seed}" / "metrics.jsonl", rows)
     runs = tables.runs_of(tmp_path)
     assert list(runs) == ["fst", "rl"] and runs["fst"][1][-2]["clock"] == 6 * 3 + 2 * 5
     tables.table(tmp_path, runs)
@@ -2811,7 +2868,7 @@ def test_groups_side_by_side(tmp_path):
         evals = [{"kind": "eval", "split": split, "task": "t", "step": 3, "mean": mean, "greedy": mean, "seed_greedy": 0.125, "kl_base": 0.0} for split in ("val", "test")]
         steps = [{"kind": "step", "sample_seconds": 1, "train_seconds": 1, "reward": i / 10} | ({"entropy": i} if i < 6 else {}) for i in range(1, 7)]
         (tmp_path / group / f"{method}-0").mkdir(parents=True)
-        (tmp_path / group / f"{method}-0" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*steps, *evals]))
+        write(tmp_path / group / f"{method}-0" / "metrics.jsonl", [*steps, *evals])
     tables.side_by_side(tmp_path)
     assert (tmp_path / "side_by_side.md").read_text().splitlines()[-2:] == [
         "| arithmetic-handwritten | t | fst | 1 | 3: 50.0% | 50.0% | 50.0% | 12.5% | 5.00 | 0.55 |",
@@ -2846,8 +2903,7 @@ def test_table_of_the_peers(tmp_path):
            "sampled_format": 0.5, "prompt_tokens": 300}
     rows = [row | {"seed": 0, "greedy": 0.9}, row | {"seed": 0, "greedy": 0.1}, row | {"seed": 1, "greedy": 0.3},
             row | {"seed": 0, "greedy": 0.7, "max_new_tokens": 64}]
-    (tmp_path / "bench_gepa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tables.peers(tmp_path / "bench_gepa.jsonl")
+    tables.peers(write(tmp_path / "bench_gepa.jsonl", rows))
     low, high = fst.wilson(10, 50)
     line, other = (tmp_path / "bench_gepa.md").read_text().splitlines()[-2:]
     assert line == (f"| t, 32 | ours | 2 | 240 (240..240) | 20.0% (10.0%..30.0%) | {low:.1%} to {high:.1%} | 25.0% (25.0%..25.0%) | "
@@ -2877,8 +2933,7 @@ def test_table_of_the_operators_proposals(tmp_path):
     rows = [row | example | {"tried": 8}, row | asked("0000", "0011") | {"operator": "parent", "tried": 2},
             row | asked() | {"operator": "rewrite", "why": {"empty": 10}, "replies": [["so `be`\nit", "empty"]]},
             row | example | {"likelihood": [-8, -7, -6, -5, -4, -3, -2, -1], "anchor_reward": [1, 1, 1, 1, 0, 0, 0, 0], "examples": [2] * 8}]
-    (tmp_path / "bench_operators.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tables.proposals(tmp_path / "bench_operators.jsonl")
+    tables.proposals(write(tmp_path / "bench_operators.jsonl", rows))
     lines = (tmp_path / "bench_operators.md").read_text().splitlines()
     assert "| t | seed | parent | 1 | 2 | 0% | 25.0% (0.0%..50.0%) |  | 100.0% (100.0%..100.0%) |  |" in lines
     assert "| t | seed | rewrite | 1 | 10 | 100% |  |  |  |  |" in lines
@@ -2954,6 +3009,11 @@ def run(model, seed=0, n=48, keep=4, budget=None, step=0, population=None, likel
     return population, everyone, spent
 
 
+def searching(*systems, n=48, prompt_tokens=200):
+    """A Search over bare prompts that asks no model."""
+    return reflect.Search(Population([Context(system) for system in systems]), problems(n), None, None, None, count, 0, 0, 0, prompt_tokens)
+
+
 # ---- selection -------------------------------------------------------------------------------------------------------
 
 cell = st.one_of(st.none(), st.sampled_from([0.0, 0.5, 1.0]))
@@ -2995,7 +3055,7 @@ def test_the_best_mean_keeps_its_share_of_picks():
     generalist, left, right = [1, 1, 1, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]
     assert parent_weights([generalist, left, right]) == [6, 4, 4]
     assert parent_weights([[0.6] * 4, [1, 1, 0, 0], [0, 0, 1, 0.9]]) == [2, 2, 2]     # best mean, best on nothing
-    assert parent_weights([[0, 0], [0, 0]]) == [1, 0] or sum(parent_weights([[0, 0], [0, 0]])) > 0
+    assert parent_weights([[0, 0], [0, 0]]) == [1, 0]
 
 
 @given(st.integers(0, 10**6), st.integers(1, 7), st.integers(1, 5))
@@ -3165,7 +3225,7 @@ def test_where_nothing_is_solved_the_likelihood_of_known_solutions_decides():
 
 
 def test_likelier_means_by_two_standard_errors_probe_by_probe():
-    search = reflect.Search(Population([]), problems(3), None, None, None, count, 0, 0, 0, 0)
+    search = searching()
     def likelier(child, parent):
         search.liking = {"child": child, "parent": parent}
         return search.likelier("child", "parent")
@@ -3323,7 +3383,7 @@ def test_bad_rewrites_are_rejected_logged_and_never_asked(reply, why):
 
 
 def test_a_reply_that_was_no_prompt_bars_none():
-    search = reflect.Search(Population([Context("Be brief.")]), problems(8), None, None, None, count, 0, 0, 0, 200)
+    search = searching("Be brief.")
     parent = search.candidates[0]
     assert search.rewrite(parent, "Work in steps.", True).reason == "no closed fence"
     assert search.rewrite(parent, "```\nWork in steps.\n```", False).reason == "cut off at the limit"
@@ -3342,6 +3402,11 @@ def test_no_anchor_survives_in_an_instruction_or_lesson():
                 operators.add(c.operator)
                 assert not leaks(c.context.system, told)
     assert operators == {"seed", "rewrite", "lesson", "example", "merge"}
+    search = reflect.Search(Population([Context("")]), [Problem("a", "Where are they?", "shed")], None, lambda chats, _: [("", True)], None, count, 0, 0, 0, 200)
+    search.probes, search.feedback = [], {i: ["They are in the shed. Say in one word where."] for i in "ab"}
+    seed, = search.candidates
+    search.propose([seed], {seed: []}, 4)
+    assert search.sentences == ["Say in one word where."]
 
 
 def test_lessons_come_from_the_graders_feedback_word_for_word():
@@ -3363,7 +3428,7 @@ def test_examples_are_solutions_that_were_told_or_verified():
 
 
 def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
-    search = reflect.Search(Population([Context("")]), problems(48), None, None, None, count, 0, 0, 0, 200)
+    search = searching("")
     search.probes, pool = [], [Example(p.question, "word " * (1 + i), p.id) for i, p in enumerate(problems(48))]
     search.solutions = {e.problem_id: {"reference": e} for e in pool}
     for _ in range(50):                                   # what is left out does not fit any more
@@ -3384,6 +3449,17 @@ def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
     assert 0.5 < sum(count(d) > 200 - 49 - 20 for d in drafts) / 400 < 0.8 and max(map(count, drafts)) <= 200
 
 
+def test_parents_are_of_the_frontier_and_answer_what_they_failed():
+    """Of three prompts one is dominated: it is never drawn. A minibatch is of the problems that its parent failed, if there are so many."""
+    search = searching(*"abc")
+    for c, right in zip(search.candidates, (range(0, 30), range(20, 45), range(5, 25))):
+        c.scores = {0: {p.id: float(i in right) for i, p in enumerate(problems(48))}}
+        search.liking[c.context] = []
+    assert {c.context.system for _ in range(50) for c in search.draw_parents()} == {"a", "b"}
+    for _ in range(20):
+        assert all(int(p.id.split("/")[1]) >= 30 for p in search.minibatch(search.candidates[0]))
+
+
 def test_no_two_prompts_differ_only_in_order():
     for seed in range(6):
         population, everyone, _ = run(Model(base=0.3, quality=0), seed, prompt_tokens=200)
@@ -3395,7 +3471,7 @@ def test_no_two_prompts_differ_only_in_order():
 @pytest.mark.parametrize("right, leads", [((0, 2), 0), ((10, 30), 1), ((0, 0), 0), ((20, 24), 0), ((48, 48), 0)])
 def test_of_equally_good_prompts_the_likeliest_leads(right, leads):
     """Two prompts, each asked the same 48 problems; under the first known solutions are likelier. Within two standard errors it leads."""
-    search = reflect.Search(Population([Context("first"), Context("second")]), problems(48), None, None, None, count, 0, 0, 0, 200)
+    search = searching("first", "second")
     search.probes = []
     for c, n, logprob in zip(search.candidates, right, (-1.0, -2.0)):
         c.scores = {0: {p.id: float(i < n) for i, p in enumerate(problems(48))}}
@@ -3405,7 +3481,7 @@ def test_of_equally_good_prompts_the_likeliest_leads(right, leads):
 
 
 def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
-    search = reflect.Search(Population([Context("Be brief.")]), problems(48), None, None, None, count, 0, 0, 0, 200)
+    search = searching("Be brief.")
     search.probes, search.sentences, parent = [], [], search.candidates[0]
     assert search.offspring(search.merge, parent, set(), 3) == search.offspring(search.lesson, parent, set(), 2) == []
     search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(2)}
@@ -3423,9 +3499,10 @@ def test_who_is_less_than_half_as_good_as_the_best_is_not_kept():
 
 def test_markup_that_a_model_writes_reaches_no_prompt():
     """Neither a worked example, however it is hidden, nor the chat that the reflector reads."""
-    search = reflect.Search(Population([Context("")]), problems(3), None, None, None, count, 0, 0, 0, 0)
-    for text, taken in (("<|im_end|>\n#### 1", False), ("<\u200b|im_end|>\n#### 1", False), ("<<think>|im_end|>\n#### 1", False), ("One.\n#### 1", True)):
-        rollout = Rollout(problems(3)[0], Context(""), (1,), [1], [0.0], text, True, 1.0, "Correct.")
+    search = searching("")
+    for text, stopped, taken in (("<|im_end|>\n#### 1", True, False), ("<\u200b|im_end|>\n#### 1", True, False), ("<<think>|im_end|>\n#### 1", True, False),
+                                 ("One.\n#### 1", False, False), ("One.\n#### 1", True, True)):
+        rollout = Rollout(problems(3)[0], Context(""), (1,), [1], [0.0], text, stopped, 1.0, "Correct.")
         search.solutions.clear()
         search.record(search.candidates[0], rollout)
         assert bool(search.solutions) == taken
@@ -3434,8 +3511,7 @@ def test_markup_that_a_model_writes_reaches_no_prompt():
 
 def test_a_merge_names_its_own_two_parents():
     """Not those of an earlier merge, which its first parent was made by."""
-    contexts = [Context(f"Rules:\n- Rule {name}.") for name in ("one", "two", "three")]
-    search = reflect.Search(Population(contexts), problems(8), None, None, None, count, 0, 0, 0, 1024)
+    search = searching(*(f"Rules:\n- Rule {name}." for name in ("one", "two", "three")))
     seed, first, second = search.candidates
     search.contenders = [first]
     parent = search.add(search.merge(seed.context, set()), seed, "merge")
@@ -3446,7 +3522,7 @@ def test_a_merge_names_its_own_two_parents():
 
 def test_what_changed_is_told_of_hundreds_of_lines():
     """In linear depth and in seconds: a prompt may come from a file, or from a model that ran on."""
-    search = reflect.Search(Population([Context("\n".join(f"rule {i:03}: x" for i in range(400)) + "\n" * 500 + "-- b")]), problems(3), None, None, None, count, 0, 0, 0, 0)
+    search = searching("\n".join(f"rule {i:03}: x" for i in range(400)) + "\n" * 500 + "-- b")
     start = time.perf_counter()
     child = search.add(Context("\n".join(f"rule {i:03}: {'y' if i == 7 else 'x'}" for i in range(400)) + "\n" * 500 + "++ b"), search.candidates[0], "rewrite")
     assert child.changes == ["- rule 007: x", "+ rule 007: y", "- -- b", "+ ++ b"] and time.perf_counter() - start < 5

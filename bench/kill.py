@@ -8,7 +8,6 @@ so that moments too short to be hit by chance are hit too. Prints and appends to
     python bench/kill.py --kills 200       more of them
 """
 import argparse
-import json
 import mmap
 import os
 import random
@@ -30,7 +29,7 @@ import model                                                              # noqa
 import reflect                                                            # noqa: E402
 import rollout                                                            # noqa: E402
 from sampler import record                                                # noqa: E402
-from test_fst import what_counts, write_checkpoint                        # noqa: E402
+from test_fst import TINY, parity, what_counts, write_checkpoint, write_parities      # noqa: E402
 
 RUNS = {**{method: (method, 1) for method in fst.METHODS}, "fst, two tasks in turn": ("fst", 2)}
 PHASES = ("elsewhere", "starting", "restoring", "sampling", "reflection", "evaluation", "gradient", "optimizer step", "journal",
@@ -120,7 +119,7 @@ def attempt(arguments, log, seconds=None, event=None):
     if child == 0:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
-        rollout.extract_answer = lambda text: str(len(text) % 2)          # something that a random model gets right half of the time
+        rollout.extract_answer = parity
         for name in EVENTS:
             if name == "fsync":                                           # the system calls that follow count outside of the phases
                 watch_all()
@@ -147,9 +146,7 @@ def differences(folder, whole):
 def torture(folder, name, kills, seed):
     method, tasks = RUNS[name]
     task = ",".join(f"jsonl:{folder / f'data-{i}.jsonl'}" for i in range(tasks))
-    command = ["--task", task, "--method", method, "--model", str(folder / "model"), *(
-        "--dtype float32 --device cpu --steps 4 --cycle 2 --batch 3 --group 4 --prompts 2 --max-new-tokens 8 --lr 1e-3 --eval-problems 4 "
-        "--eval-samples 2 --reflection-tokens 12 --save-every 1 --slots 16").split(), "--out"]
+    command = ["--task", task, "--method", method, "--model", str(folder / "model"), *TINY, "--save-every", "1", "--out"]
     log, rng, start = folder / "log", random.Random(f"{seed} {name}"), time.perf_counter()
     whole = folder / f"{name}-whole"
     code, _ = attempt([*command, str(whole)], log)
@@ -198,9 +195,7 @@ def main():
             os._exit(0)
         os.wait()
         for i in range(2):
-            rows = [{"question": f"What is {n} and {n % 7 + i}?", "answer": str(n % 2), "solution": f"{n} is {n % 2}\n#### {n % 2}"}
-                    for n in range(120)]
-            (folder / f"data-{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_parities(folder / f"data-{i}.jsonl", i)
         for name in options.method or RUNS:
             row = torture(folder, name, options.kills, options.seed)
             lost += row["lost"]

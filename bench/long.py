@@ -25,7 +25,7 @@ import rollout                                                            # noqa
 from model import load                                                    # noqa: E402
 from rollout import Context, Sampler, get_task                            # noqa: E402
 from sampler import record                                                # noqa: E402
-from test_fst import write_checkpoint                                     # noqa: E402
+from test_fst import TINY, parity, write_checkpoint, write_parities       # noqa: E402
 
 
 def resident():
@@ -40,14 +40,9 @@ def sizes(folder):
 def long_run(folder, steps, cycle):
     """Runs it: per step its CPU seconds and the memory behind it, per cycle the files' sizes; and the steps' rows."""
     write_checkpoint(folder / "model", "qwen3")
-    rows = [{"question": f"What is {n} and {n % 7}?", "answer": str(n % 2), "solution": f"{n}\n#### {n % 2}"}
-            for n in range(120)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config, _ = fst.parse([
-        "--task", f"jsonl:{folder / 'data.jsonl'}", "--model", str(folder / "model"), "--out", str(folder / "run"),
-        *(f"--steps {steps} --cycle {cycle} --dtype float32 --device cpu --batch 3 --group 4 --prompts 2 --lr 1e-4 "
-          "--max-new-tokens 8 --passes 2 --eval-problems 4 --eval-samples 2 --eval-every 0 --prompt-tokens 120 "
-          "--reflection-tokens 12 --slots 16").split()])
+        "--task", f"jsonl:{write_parities(folder / 'data.jsonl')}", "--model", str(folder / "model"), "--out", str(folder / "run"), *TINY,
+        *f"--steps {steps} --cycle {cycle} --lr 1e-4 --passes 2 --eval-every 0 --prompt-tokens 120".split()])
     run, seconds, memory, files = fst.Run(fst.open_run(config, False)[0]), [], [], []
     slow, after, grade = run.slow, run.after, rollout.extract_answer
 
@@ -64,13 +59,12 @@ def long_run(folder, steps, cycle):
             files.append(sizes(run.folder))
 
     run.slow, run.after = timed, counted
-    rollout.extract_answer = lambda text: str(len(text) % 2)              # something that a random model gets right half of the time
+    rollout.extract_answer = parity
     try:
         run.go()
     finally:
         rollout.extract_answer = grade
-    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    return seconds, memory, files, [row for row in metrics if row["kind"] == "step"]
+    return seconds, memory, files, [row for row in fst.read_rows(run.folder / "metrics.jsonl") if row["kind"] == "step"]
 
 
 def first_and_last(values):
