@@ -721,19 +721,20 @@ class Run:
                 if file.metadata()["sha256"] != digest(text, names, file.get_tensor):
                     raise ValueError("its checksum is wrong")
                 state = json.loads(text)
+                origin, population = state["origin"], reflect.Population.from_json(state["population"])
                 if self.learner:
                     self.learner.restore(file.get_tensor, state["updates"])
-        except Exception as error:      # safetensors and json raise their own kinds for a damaged file
+        except Exception as error:      # safetensors and json raise their own kinds for a damaged file; of another version: KeyError
             raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
         saved = lambda name, length: length_and_digest((self.folder / name).read_bytes()[:length])
         changed = [self.folder / name for name, before in state["journals"].items() if saved(name, before[0]) != tuple(before)]
         changed += [self.folder / "config.json"] * (state["config"] != dataclasses.asdict(self.config))
-        changed += [what for what, before in state["origin"].items() if self.origin[what] != before]
+        changed += [what for what, before in origin.items() if self.origin[what] != before]
         if changed:
             raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
         for name in self.PLAIN:
             setattr(self, name, state[name])
-        self.population = reflect.Population.from_json(state["population"])
+        self.population = population
         for name, (length, _) in state["journals"].items():
             os.truncate(self.folder / name, length)
 

@@ -2435,6 +2435,14 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
         broken = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False)
         assert broken.code == 2 and len(broken.err) == 1 and "state.safetensors is damaged" in broken.err[0]
         assert state.read_bytes() == damage and what_counts(tmp_path / "run") == before
+    state.write_bytes(whole)
+    with safetensors.safe_open(state, "pt") as file:              # whole, but of a version of the program that saved less
+        run, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}
+    del run["origin"]
+    text = json.dumps(run)
+    safetensors.torch.save_file(tensors, state, {"run": text, "sha256": fst.digest(text, sorted(tensors), tensors.get)})
+    assert "'origin'" in one_sentence(run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False))
+    assert what_counts(tmp_path / "run") == before
 
 
 SHORT = ["--method", "rl", "--steps", 2, "--cycle", 1]
