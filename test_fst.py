@@ -2293,7 +2293,6 @@ def test_ctrl_c_saves_and_goes_on(tmp_path, monkeypatch, number):
     monkeypatch.setattr(fst.Run, "slow", lambda self, *a: (os.kill(os.getpid(), number), slow(self, *a))[1])
     codes = [run_fst(tmp_path, *flags, "--out", tmp_path / "cut", check=False).code for _ in range(4)]
     assert codes == [130, 130, 130, 0] and what_counts(tmp_path / "cut") == what_counts(tmp_path / "whole")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     before = signal.signal(number, mine := lambda *_: None)              # a caller's own handler is there again afterwards
     run_fst(tmp_path, *flags, "--out", tmp_path / "whole")
     assert signal.signal(number, before) is mine
