@@ -413,6 +413,7 @@ def steps_of(config, cycle):
 
 
 def tasks_of(c):
+    """The configuration's tasks, in turn; a ValueError where one has less than a batch, or two have one name."""
     tasks = [get_task(name, c.level, c.data or None, c.seed_prompt or None) for name in c.task.split(",")]
     if len({task.name for task in tasks}) < len(set(c.task.split(","))):
         raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
