@@ -412,13 +412,14 @@ def steps_of(config, cycle):
     return range(cycle * config.cycle, min((cycle + 1) * config.cycle, config.steps))
 
 
-def tasks_of(c):
-    """The configuration's tasks, in turn; a ValueError where one has less than a batch, or two have one name."""
+def tasks_of(c, trained=False):
+    """The configuration's tasks, in turn; a ValueError where two have one name, or, unless it is only evaluated, one has less than a
+    batch of training problems."""
     tasks = [get_task(name, c.level, c.data or None, c.seed_prompt or None) for name in c.task.split(",")]
     if len({task.name for task in tasks}) < len(set(c.task.split(","))):
         raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
     for task in tasks:
-        if c.batch > len(task.problems("train")):
+        if not trained and c.batch > len(task.problems("train")):
             raise ValueError(f"--batch {c.batch} is more than {task.name} has training problems")
     return tasks
 
@@ -432,7 +433,7 @@ class Run:
         """trained: a checkpoint to evaluate; then nothing is learnt."""
         c = self.config = config
         self.folder = Path(c.out)
-        self.tasks = tasks_of(c)
+        self.tasks = tasks_of(c, trained)
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
         if self.tokenizer.turn_end is None:

@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]."""
         c = self.config
         x = F.embedding(tokens, self.embedding)                                               # [tokens, hidden]
-        cos, signed_sin = rope_table(c, positions, x.dtype)                                          # [tokens, 1, head_dim]
+        cos, signed_sin = rope_table(c, positions, x.dtype)                                   # [tokens, 1, head_dim]
         for index, layer in enumerate(self.layers):
             h = rms_norm(x, layer.attention_norm, c.norm_eps)
             qkv = self.linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, c.head_dim))      # [tokens, all heads, head_dim]

@@ -267,7 +267,7 @@ def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, 
 
     ask([(Context, Problem)], seed) -> [Rollout]                        all in one batch
     write([messages], seed) -> [(text, stopped)]                        the reflector
-    likelihood([(Context, Problem, text)]) -> [mean log-prob a token]   or None instead of it
+    likelihood([(Context, Problem, text)]) -> [mean log-prob a token]   or likelihood is None
     count(Context) -> tokens;  step: optimizer steps that the weights have taken."""
     search = Search(population, anchors, ask, write, likelihood, count, budget, step, seed, prompt_tokens)
     search.measure_carried()

@@ -2727,6 +2727,12 @@ def test_check_and_eval(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert fst.table(last).splitlines()[-1] in printed and fst.table(last).splitlines()[-2] in printed
+    whole = (tmp_path / "data.jsonl").read_text()                 # fewer training problems than a batch are enough to evaluate
+    few = [json.loads(line) | {"split": split} for line, split in zip(whole.splitlines(), ["test"] * 8 + ["val"] * 8 + ["train"])]
+    write(tmp_path / "data.jsonl", few)
+    assert fst.main(["--eval", str(tmp_path / "run")]) == 0
+    (tmp_path / "data.jsonl").write_text(whole)
+    capsys.readouterr()
     assert fst.main(["--check", "--model", str(tmp_path / "model"), "--task", f"jsonl:{tmp_path / 'data.jsonl'}", "--lr", "3e-5"]) == 0
     printed = capsys.readouterr().out
     assert "as asked" in printed and "GB" in printed and "slow rollouts" in printed
