@@ -11,7 +11,6 @@ One row per (task, system, seed) goes to results/bench_gepa.jsonl.
 import argparse
 import random
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
+from operators import lone_search                                         # noqa: E402
 from rollout import Context, Generated, ask, examine                      # noqa: E402
 from sampler import record                                                # noqa: E402
 
@@ -90,38 +90,35 @@ def with_gepa(run):
 SYSTEMS = {"ours": with_ours, "gepa": with_gepa, "seed": lambda run: (Context(run.tasks[0].seed_prompt), {"rollouts": 0})}
 
 
-def held_out(run, context, count):
-    """Accuracy, and share of answers in the asked format, on `count` validation problems, the same for every system and seed.
+def held_out(run, context, split, count):
+    """Accuracy, and share of answers in the asked format, on `count` problems of the split, the same for every system and seed.
     Intervals are Wilson's over problems; the sampled answers to one count as one observation, which errs on the wide side."""
     c, out = run.config, {}
-    problems = run.tasks[0].problems("val")
-    problems = random.Random("val evaluation").sample(problems, min(count, len(problems)))
+    problems = run.tasks[0].problems(split)
+    problems = random.Random(f"{split} evaluation").sample(problems, min(count, len(problems)))
     answers, = examine(run.sampler, run.tasks[0], [context], problems, c.eval_samples, c.max_new_tokens, (c.seed, 0, 2))
     for name, rollouts in (("greedy", [row[0] for row in answers]), ("sampled", [r for row in answers for r in row[1:]])):
         formatted = [r.in_form for r in rollouts]
         for key, values in ((name, [r.reward for r in rollouts]), (f"{name}_format", formatted)):
             out[key] = sum(values) / len(values)
             out[f"{key}_interval"] = fst.wilson(out[key] * len(problems), len(problems))
-    return {"problems": len(problems), "samples": c.eval_samples, **out}
+    right = "".join(f"{row[0].reward:.0f}" for row in answers)              # of the greedy answers, a digit per problem
+    return {"problems": len(problems), "samples": c.eval_samples, **out, "right": right}
 
 
 def measure(task, name, seed, options):
-    with tempfile.TemporaryDirectory() as folder:
-        # a cycle of one slow step, whose batch is all anchors; the steps themselves are never taken
-        arguments = {"task": task, "method": "gepa", "seed": seed, "model": options.model, "batch": options.anchors, "cycle": 1,
-                     "steps": options.cycles, "passes": options.rollouts / options.anchors, "eval_samples": options.eval_samples,
-                     "max_new_tokens": options.max_new_tokens, "seed_prompt": options.seed_prompt, "out": folder}
-        config, _ = fst.parse([f"--{key.replace('_', '-')}={value}" for key, value in arguments.items() if value is not None])
-        resolved, lock = fst.open_run(config, False)
-        with lock:
-            run, start = fst.Run(resolved), time.perf_counter()
-            context, spent = SYSTEMS[name](run)
-            seconds = time.perf_counter() - start
-            row = held_out(run, context, options.eval_problems)
+    with lone_search(task=task, seed=seed, model=options.model, batch=options.anchors, steps=options.cycles,
+                     passes=options.rollouts / options.anchors, eval_samples=options.eval_samples,
+                     max_new_tokens=options.max_new_tokens, seed_prompt=options.seed_prompt) as run:
+        start = time.perf_counter()
+        context, spent = SYSTEMS[name](run)
+        seconds = time.perf_counter() - start
+        row = held_out(run, context, options.split, options.eval_problems)
+    resolved = run.config
     print(f"{task:12} seed {seed}  {name:5} {spent['rollouts']:5d} rollouts {seconds:6.0f} s   greedy {row['greedy']:6.1%}  "
           f"sampled {row['sampled']:6.1%}  format {row['greedy_format']:6.1%} / {row['sampled_format']:6.1%}", flush=True)
     record("bench_gepa.jsonl", task=task, system=name, seed=seed, model=resolved.model, dtype=resolved.dtype, anchors=options.anchors,
-           cycles=options.cycles, budget=int(resolved.passes * resolved.batch) * resolved.steps, max_new_tokens=resolved.max_new_tokens,
+           cycles=options.cycles, split=options.split, budget=int(resolved.passes * resolved.batch) * resolved.steps, max_new_tokens=resolved.max_new_tokens,
            reflection_tokens=resolved.reflection_tokens, seconds=seconds, **spent, **row,
            prompt=context.system if isinstance(run.tasks[0], Generated) else "not kept: it may quote the data",
            prompt_tokens=len(run.tokenizer.chat(context.messages(""))), examples=[e.problem_id for e in context.examples])
@@ -137,6 +134,7 @@ def main():
     parser.add_argument("--cycles", type=int, default=1, help="fast phases of ours; the package gets all their anchors and rollouts at once")
     parser.add_argument("--anchors", type=int, default=48, help="problems in a cycle")
     parser.add_argument("--rollouts", type=int, default=240, help="budget of a cycle, in task rollouts")
+    parser.add_argument("--split", choices=["val", "test"], default="val", help="where the held-out problems are from")
     parser.add_argument("--eval-problems", type=int, default=64)
     parser.add_argument("--eval-samples", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, help="limit of an answer; by task")

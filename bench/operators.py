@@ -10,6 +10,7 @@ One row per (task, seed, parent, operator) goes to results/bench_operators.jsonl
     FST_DATA=... python bench/operators.py --task arithmetic
 """
 import argparse
+import contextlib
 import random
 import re
 import sys
@@ -29,6 +30,18 @@ from sampler import record                                                # noqa
 PARENT = "parent"         # the rows of the parents themselves, whose children are repetitions of them
 REPEATS = 4               # of a parent's answers: how much its accuracy varies shows what a child's may be by chance
 QUOTES = 6                # raw rewrites kept in a row
+
+
+@contextlib.contextmanager
+def lone_search(**flags):
+    """A Run of the fast channel alone, in a folder that goes with it: cycles of one slow step, whose batch is all anchors; the steps
+    themselves are never taken. flags: fst.py's, None where its own default is meant."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"method": "gepa", "cycle": 1, "out": folder} | {key: value for key, value in flags.items() if value is not None}
+        config, _ = fst.parse([f"{fst.flag(key)}={value}" for key, value in flags.items()])
+        resolved, lock = fst.open_run(config, False)
+        with lock:
+            yield fst.Run(resolved)
 
 
 def search_of(run, cycle):
@@ -114,16 +127,10 @@ def main():
     options = parser.parse_args()
     for task in options.task:
         for seed in options.seed:
-            with tempfile.TemporaryDirectory() as folder:
-                length = options.prompt_tokens or (320 if task == "arithmetic" else None)
-                # a cycle of one slow step, whose batch is all anchors; the steps themselves are never taken
-                arguments = {"task": task, "method": "gepa", "seed": seed, "model": options.model, "batch": options.anchors, "cycle": 1,
-                             "steps": 2, "passes": options.passes, "prompt_tokens": length, "max_new_tokens": options.max_new_tokens,
-                             "out": folder}
-                config, _ = fst.parse([f"--{key.replace('_', '-')}={value}" for key, value in arguments.items() if value is not None])
-                resolved, lock = fst.open_run(config, False)
-                with lock:
-                    study(fst.Run(resolved), seed, options)
+            length = options.prompt_tokens or (320 if task == "arithmetic" else None)
+            with lone_search(task=task, seed=seed, model=options.model, batch=options.anchors, steps=2, passes=options.passes,
+                             prompt_tokens=length, max_new_tokens=options.max_new_tokens) as run:
+                study(run, seed, options)
 
 
 if __name__ == "__main__":

@@ -276,21 +276,29 @@ def table(group, runs):
 
 
 def peers(path):
-    """bench_gepa.jsonl -> bench_gepa.md: the latest row of each task, limit of an answer, system and seed; a system's seeds side by side."""
-    latest = {(row["task"], row["max_new_tokens"], row["system"], row["seed"]): row for row in read(path)}
+    """bench_gepa.jsonl -> bench_gepa.md: the latest row of each task, split, limit of an answer, system and seed; a system's seeds side by side."""
+    latest = {(row["task"], row.get("split", "val"), row["max_new_tokens"], row["system"], row["seed"]): row for row in read(path)}
     groups, keys = defaultdict(list), ("greedy", "sampled", "greedy_format", "sampled_format")
     for key, row in sorted(latest.items()):
-        groups[key[:3]].append(row)
+        groups[key[:4]].append(row)
     lines = [f"# {path.stem}", "", f"Written by `python results/figures.py` from `{path.name}`: held-out accuracy, and share of answers in the asked form, with the best "
              "prompt of each system. Mean (lowest..highest) over seeds; greedy with the 95% interval (Wilson's) over problems: the "
              "seeds' answers to one problem count as one observation, which errs on the wide side.", "",
-             "| task, limit of an answer | system | seeds | rollouts | greedy | 95% | sampled | in form, greedy | in form, sampled | tokens of the prompt |", "|" + "---|" * 10]
-    for (task, limit, system), rows in groups.items():
+             "| task, split, limit of an answer | system | seeds | rollouts | greedy | 95% | sampled | in form, greedy | in form, sampled | tokens of the prompt |", "|" + "---|" * 10]
+    for (task, split, limit, system), rows in groups.items():
         cells = {key: spread([row[key] for row in rows], percent) for key in keys}
         answers, n = sum(row["problems"] for row in rows), max(row["problems"] for row in rows)       # every seed is asked the same
         low, high = wilson(sum(row["greedy"] * row["problems"] for row in rows) / answers * n, n)
-        lines.append(f"| {task}, {limit} | {system} | {len(rows)} | {spread([row['rollouts'] for row in rows], '{:.0f}'.format)} | {cells['greedy']} | {low:.1%} to {high:.1%} | "
+        lines.append(f"| {task}, {split}, {limit} | {system} | {len(rows)} | {spread([row['rollouts'] for row in rows], '{:.0f}'.format)} | {cells['greedy']} | {low:.1%} to {high:.1%} | "
                      f"{cells['sampled']} | {cells['greedy_format']} | {cells['sampled_format']} | {spread([row['prompt_tokens'] for row in rows], '{:.0f}'.format)} |")
+    whole = {key: rows for key, rows in groups.items() if all("right" in row for row in rows) and len({row["problems"] for row in rows}) == 1}
+    for *group, system in whole:
+        if system != "ours" and (ours := whole.get((*group, "ours"))):
+            solved = [np.mean([list(map(int, row["right"])) for row in rows], axis=0) for rows in (ours, whole[(*group, system)])]      # [problems]
+            gain = solved[0] - solved[1]
+            low, high = np.percentile(np.random.default_rng(0).choice(gain, (2000, len(gain))).mean(1), [2.5, 97.5])
+            lines += ["", f"{', '.join(map(str, group))}: greedy, ours less {system}, of {len(gain)} problems: {gain.mean():.1%} "
+                          f"(95% of bootstraps over problems, these prompts given: {low:.1%} to {high:.1%})."]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
