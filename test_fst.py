@@ -3479,6 +3479,59 @@ def test_parents_are_of_the_frontier_and_answer_what_they_failed():
         assert all(int(p.id.split("/")[1]) >= 30 for p in search.minibatch(search.candidates[0]))
 
 
+def test_an_estimate_is_drawn_towards_the_mean_of_all():
+    """A lucky 3 of 3 beside 30 of 60 is (3 + 4 * 33/63) / 7, not 1: by hand; who was never asked stands at the mean of all."""
+    search = searching(*"abc")
+    lucky, known, unasked = search.candidates
+    lucky.scores = {0: {f"p{i}": 1.0 for i in range(3)}}
+    known.scores = {0: {f"p{i}": float(i < 30) for i in range(60)}}
+    assert search.estimate(lucky) == pytest.approx((3 + 4 * 33 / 63) / 7)
+    assert search.estimate(known) == pytest.approx((30 + 4 * 33 / 63) / 64) and search.estimate(unasked) == pytest.approx(33 / 63)
+
+
+def test_a_search_begins_with_half_the_record_and_its_own_order_of_anchors():
+    """The operators' record of earlier weights counts half; which anchors are measured first is a draw of seed and weights, not the
+    order of the batches."""
+    population = Population([Context("")])
+    population.operators["lesson"] = [4.0, 3.0]
+    orders = []
+    for seed, step in ((0, 0), (0, 0), (1, 0), (0, 6)):
+        search = reflect.Search(population, problems(24), None, None, None, count, 0, step, seed, 200)
+        orders.append([p.id for p in search.anchors])
+    assert population.operators["lesson"] == [4 / 16, 3 / 16] and population.operators["rewrite"] == [0, 0]
+    assert orders[0] == orders[1] and len(set(map(tuple, [[p.id for p in problems(24)], *orders]))) == 4
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+
+
+def test_a_parent_that_solved_its_minibatch_proposes_nothing():
+    """No child could beat it: its places go to the others; where all did, the round asks the parents alone."""
+    search = searching("good", "bad")
+    model = Model(base=0.5)
+    search.ask = lambda jobs, seed: [dataclasses.replace(r, reward=float(r.context.system == "good"), feedback="No.") for r in model.ask(jobs, seed)]
+    search.budget, search.probes, search.write, search.draw_parents = 10 ** 6, [], model.write, lambda: search.candidates[:2]
+    for c in search.candidates:
+        search.liking[c.context] = []
+    good, bad = search.candidates
+    proposed = []
+    search.propose = lambda parents, traces, width: proposed.append(list(parents)) or []
+    assert search.round() and proposed == [[bad]]
+    search.draw_parents, spent = lambda: [good], search.spent
+    assert search.round() and proposed == [[bad]] and search.spent == spent + 3
+
+
+def test_the_place_of_a_rejected_rewrite_goes_to_another_operator():
+    search = searching("Be brief.")
+    search.probes, (parent,) = [], search.candidates
+    search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(24)}
+    search.write = lambda chats, seed: [("no fence", True)] * len(chats)
+    places = iter(["rewrite", "rewrite", "rewrite", "example"])              # what is drawn for the round, then for the three places
+    search.draw_operator = lambda operators=reflect.OPERATORS: "example" if "rewrite" not in operators else next(places)
+    search.population.operators = {name: [1, 1] for name in reflect.OPERATORS}
+    children = search.propose([parent], {parent: []}, 4)
+    rejected = [c for c in search.candidates if c.verdict == "rejected"]
+    assert len(rejected) == 3 and 3 <= len(children) <= 4 and {c.operator for c, _ in children} == {"example"}
+
+
 def test_no_two_prompts_differ_only_in_order():
     for seed in range(6):
         population, everyone, _ = run(Model(base=0.3, quality=0), seed, prompt_tokens=200)
