@@ -57,6 +57,7 @@ REFUSALS = 5              # updates in a row that are not finite before the run 
 LEAST_MICRO_BATCH = 64    # tokens; not halved below this: running out of memory then ends the run
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning
+MEMORY_FLAGS = {"micro_batch", "slots", "memory"}         # may be others when a run is resumed: they change results by rounding alone
 EVAL_FLAGS = {"device", "slots", "micro_batch", "eval_problems", "eval_samples"}      # settings of a run that --eval may override
 MOST = 1_000_000          # of anything but these: a configuration may come from a stranger
 LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
@@ -427,7 +428,7 @@ def tasks_of(c, trained=False):
 class Run:
     """All that a run holds between two phases. `save` and `restore` take it to its folder and back, to the bit."""
     JOURNALS = ("metrics.jsonl", "prompts.jsonl", "rollouts.jsonl")
-    PLAIN = ("micro_batch", "done", "spent", "refused", "finished")             # plain values in the saved state
+    PLAIN = ("done", "spent", "refused", "finished")      # plain values in the saved state
 
     def __init__(self, config, trained=None):
         """trained: a checkpoint to evaluate; then nothing is learnt."""
@@ -707,7 +708,7 @@ class Run:
             journals[name] = length_and_digest((self.folder / name).read_bytes())
         tensors = self.learner.tensors() if self.learner else {}
         state = {"config": dataclasses.asdict(self.config), "origin": self.origin, "population": self.population.to_json(),
-                 "updates": self.learner.updates if self.learner else 0, "journals": journals,
+                 "updates": self.learner.updates if self.learner else 0, "journals": journals, "micro_batch": self.micro_batch,
                  **{name: getattr(self, name) for name in self.PLAIN}}
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "state.safetensors"
@@ -730,12 +731,15 @@ class Run:
             raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
         saved = lambda name, length: length_and_digest((self.folder / name).read_bytes()[:length])
         changed = [self.folder / name for name, before in state["journals"].items() if saved(name, before[0]) != tuple(before)]
-        changed += [self.folder / "config.json"] * (state["config"] != dataclasses.asdict(self.config))
+        kept = lambda settings: {name: value for name, value in settings.items() if name not in MEMORY_FLAGS}
+        changed += [self.folder / "config.json"] * (kept(state["config"]) != kept(vars(self.config)))
         changed += [what for what, before in origin.items() if self.origin[what] != before]
         if changed:
             raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
         for name in self.PLAIN:
             setattr(self, name, state[name])
+        if state["config"] == vars(self.config):          # else --micro-batch or --memory has been given anew
+            self.micro_batch = state["micro_batch"]
         self.population = population
         for name, (length, _) in state["journals"].items():
             os.truncate(self.folder / name, length)
@@ -995,11 +999,14 @@ def open_run(config, overwrite):
             leftover.unlink()
     if ours and not overwrite:
         before, stored = stored_config(folder)
-        if before == config:
-            return dataclasses.replace(stored, out=resolved.out), lock
+        other = {key: value for key, value in vars(config).items() if value != vars(before)[key]}
+        if other.keys() <= MEMORY_FLAGS:
+            resolved = dataclasses.replace(stored, out=resolved.out, **{key: vars(resolved)[key] for key in other})
+            if other:
+                write_text(folder / "config.json", json.dumps({"asked": vars(config), "resolved": vars(resolved)}, indent=1))
+            return resolved, lock
         if (folder / "state" / "state.safetensors").exists():         # else nothing would be lost
-            pairs = zip(vars(config), vars(before).values(), vars(config).values())
-            other = ", ".join(f"{key} {old!r}, now {new!r}" for key, old, new in pairs if old != new)
+            other = ", ".join(f"{key} {vars(before)[key]!r}, now {value!r}" for key, value in other.items())
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
     known = {"lock", *({"config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else ())}
     strangers = {p.name for p in folder.iterdir()} - known
@@ -1109,8 +1116,8 @@ def main(argv=None):
         named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not named and not re.search("(not enough|allocate) memory", str(error)):
             raise
-        return complain("out of memory: what was saved is kept; try a smaller --micro-batch, --slots, --eval-problems or --model, "
-                        f"and for a run another --out ({str(error).strip().partition(chr(10))[0]})")
+        return complain("out of memory: try a smaller --micro-batch, --slots or --memory, with which a run goes on from what it saved "
+                        f"({str(error).strip().partition(chr(10))[0]})")
     except KeyboardInterrupt:
         return 130
     finally:

@@ -2103,6 +2103,25 @@ def test_out_of_memory_repeats_the_step_in_smaller_micro_batches(tiny_run, monke
     assert again.micro_batch == 64
 
 
+def test_a_run_goes_on_with_other_memory_settings(tmp_path, tiny_run, monkeypatch):
+    """After running out, with fewer slots and smaller micro-batches: the same run up to rounding; the flags of the last command hold."""
+    monkeypatch.setattr(rollout, "extract_answer", parity)
+    flags = ["--steps", 2, "--cycle", 1, "--save-every", 1]
+    whole, begun = tiny_run(*flags, "--micro-batch", 512, "--slots", 8, out="whole"), tiny_run(*flags, "--micro-batch", 512, "--slots", 8)
+    assert whole.go()
+    begun.log = lambda row: (setattr(begun, "stop", begun.stop or row["kind"] == "step"), fst.Run.log(begun, row))
+    assert not begun.go() and begun.steps_done() == 1
+    begun.micro_batch = 256                               # memory ran out once
+    begun.save()
+    same, fewer = tiny_run(*flags, "--micro-batch", 512, "--slots", 8), tiny_run(*flags, "--micro-batch", 64, "--slots", 3)
+    same.restore()
+    fewer.restore()
+    assert (same.micro_batch, same.slots, fewer.micro_batch, fewer.slots) == (256, 8, 64, 3)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert all((stored[which]["micro_batch"], stored[which]["slots"]) == (64, 3) for which in stored) and fewer.go()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fewer.learner.tensors().values(), whole.learner.tensors().values()))
+
+
 def peak_of_one_step(flags):
     """In a process of its own: bytes that a run's first step takes at its peak beyond what its libraries take, and the plan."""
     program = """if True:
@@ -2408,7 +2427,7 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
     again = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2)
     assert what_counts(tmp_path / "run") == before and again.code == 0
     other = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, "--lr", 0.5, check=False)
-    assert other.code == 2 and "other settings (lr 0.001, now 0.5)" in other.err[0]
+    assert other.code == 2 and "other settings (lr 0.001, now 0.5)" in other.err[0] and what_counts(tmp_path / "run") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for flag in ([], ["--overwrite"]):
