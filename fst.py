@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import reflect
-from model import load, reading, replace_file, return_freed_memory, save
+from model import load, out_of_memory, reading, replace_file, return_freed_memory, save
 from rollout import TASKS, Context, Sampler, ask, divergence, examine, get_task, prefix_runs, score
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def setting(default, meaning, source="ours"):
 
 
 REFUSALS = 5              # updates in a row that are not finite before the run ends
-LEAST_MICRO_BATCH = 64    # tokens; not halved below this: running out of memory then ends the run
+LEAST_MICRO_BATCH = 64    # tokens
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning
 MEMORY_FLAGS = {"micro_batch", "slots", "memory"}         # may be others when a run is resumed: they change results by rounding alone
@@ -145,6 +145,7 @@ def resolve(config):
     defaults = (ON_CPU if cpu else ON_CUDA) | {"eval_every": c.cycle, "save_every": c.cycle}
     if not cpu:
         torch.cuda.set_device(torch.device(c.device).index or 0)      # a graph is recorded on the current device
+        torch.cuda.set_per_process_memory_fraction(0.95)              # the allocator would take all, and leave cuBLAS and graphs none
         defaults["memory"] = 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]
     if set(names) == {"arithmetic"}:                      # learnt soon
         defaults["steps"] = 9 if cpu else 48
@@ -449,9 +450,8 @@ class Run:
         if trained:
             self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
         self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
-        # the micro-batch becomes smaller once memory ran out
-        _, self.micro_batch, self.slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()))
-        self.sampler = Sampler(self.model, self.tokenizer, self.slots)
+        _, self.micro_batch, slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()))
+        self.sampler = Sampler(self.model, self.tokenizer, slots)                 # both become smaller once memory ran out
         self.done = 0                                     # phases behind us
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
         self.refused = 0                                  # updates in a row that were not finite
@@ -599,13 +599,13 @@ class Run:
         return {"trained_rows": len(rollouts), "updates": self.learner.updates, **row}
 
     def within_memory(self, train):
-        """train(); where the memory of a CUDA card does not suffice, once more from its start with micro-batches of half the
-        tokens: the split does not change the loss, and nothing has moved before the update."""
+        """train(); where memory does not suffice, once more from its start with micro-batches of half the tokens: the split does not
+        change the loss, and nothing has moved before the update."""
         while True:
             try:
                 return train()
-            except torch.OutOfMemoryError:
-                if self.micro_batch < 2 * LEAST_MICRO_BATCH:
+            except RuntimeError as error:
+                if not out_of_memory(error) or self.micro_batch < 2 * LEAST_MICRO_BATCH:
                     raise
             self.learner.discard()                        # not in the handler above, where the failed pass still holds its memory
             self.micro_batch //= 2
@@ -616,7 +616,7 @@ class Run:
         """Evolves the population on the problems of the cycle's T batches, the weights held still."""
         c, start = self.config, time.perf_counter()
         anchors = [problem for step in steps_of(c, cycle) for problem in self.batch(task, step)]
-        reflector = self.sampler if c.reflector == "self" else Sampler(self.base, self.tokenizer, self.slots)
+        reflector = self.sampler if c.reflector == "self" else Sampler(self.base, self.tokenizer, self.sampler.slots)
 
         def ask_all(jobs, seed):
             rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature,
@@ -672,7 +672,7 @@ class Run:
         models = {"base_": self.base, "": self.model} if split == "test" else {"": self.model}
         for prefix, model in models.items():
             if model not in answers:                      # in gepa the trained weights are the base
-                sampler = Sampler(model, self.tokenizer, self.slots)
+                sampler = Sampler(model, self.tokenizer, self.sampler.slots)
                 answers[model] = dict(zip(distinct, examine(sampler, self.tasks[task], distinct, problems, c.eval_samples,
                                                             c.max_new_tokens, (c.seed, task, 2), "evaluate")))
             for name, context in contexts.items():
@@ -708,7 +708,8 @@ class Run:
             journals[name] = length_and_digest((self.folder / name).read_bytes())
         tensors = self.learner.tensors() if self.learner else {}
         state = {"config": dataclasses.asdict(self.config), "origin": self.origin, "population": self.population.to_json(),
-                 "updates": self.learner.updates if self.learner else 0, "journals": journals, "micro_batch": self.micro_batch,
+                 "updates": self.learner.updates if self.learner else 0, "journals": journals,
+                 "micro_batch": self.micro_batch, "slots": self.sampler.slots,
                  **{name: getattr(self, name) for name in self.PLAIN}}
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "state.safetensors"
@@ -738,8 +739,8 @@ class Run:
             raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
         for name in self.PLAIN:
             setattr(self, name, state[name])
-        if state["config"] == vars(self.config):          # else --micro-batch or --memory has been given anew
-            self.micro_batch = state["micro_batch"]
+        if state["config"] == vars(self.config):          # else other limits have been given
+            self.micro_batch, self.sampler.slots = state["micro_batch"], state["slots"]
         self.population = population
         for name, (length, _) in state["journals"].items():
             os.truncate(self.folder / name, length)
@@ -1112,9 +1113,8 @@ def main(argv=None):
                 return 0 if run.go() else 130
     except (ValueError, OSError, FloatingPointError) as error:
         return complain(error)
-    except (MemoryError, RuntimeError) as error:          # PyTorch's on a CPU is a RuntimeError like any other
-        named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not named and not re.search("(not enough|allocate) memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         return complain("out of memory: try a smaller --micro-batch, --slots or --memory, with which a run goes on from what it saved "
                         f"({str(error).strip().partition(chr(10))[0]})")

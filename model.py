@@ -53,6 +53,12 @@ def return_freed_memory():
         libc.malloc_trim(0)
 
 
+def out_of_memory(error):
+    """Whether that is what an exception says: PyTorch on a CPU, and cuBLAS, have but a RuntimeError for it."""
+    named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return named or bool(re.search("(not enough|allocate|out of) memory|CUBLAS_STATUS_ALLOC_FAILED", str(error)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
 
@@ -240,6 +246,11 @@ def attention(q, k, v, mask, shared=None):
     return out.reshape(P, S, L, heads * head_dim)
 
 
+def aligned(n, device):
+    """n, on a GPU rounded up to a multiple of 8: its bf16 products are many times slower where rows start at other addresses."""
+    return n if device.type == "cpu" else -(-n // 8) * 8
+
+
 class Layout:
     """Segments of text that continue each other, packed into one flat list of tokens for one forward pass.
 
@@ -264,8 +275,8 @@ class Layout:
         place = [0] * start                              # where in the levels' padded rows, one after another, a token lies
         for _, families in sorted(classes.items()):
             P, S = len(families), max(map(len, families.values()))
-            L = max(len(own[i]) for family in families.values() for i in family)
-            far = max(len(above[family[0]]) for family in families.values())
+            L = aligned(max(len(own[i]) for family in families.values() for i in family), device)
+            far = aligned(max(len(above[family[0]]) for family in families.values()), device)
             rows = torch.zeros(P, S, L, dtype=torch.long)           # padding reads token 0, and nobody reads its output
             shared = torch.zeros(P, far, dtype=torch.long)
             unseen = torch.ones(P, far, dtype=torch.bool)
@@ -277,7 +288,7 @@ class Layout:
                     cell = offset + (p * S + s) * L
                     rows[p, s, :len(own[i])] = torch.tensor(own[i])
                     place[own[i].start:own[i].stop] = range(cell, cell + len(own[i]))
-            unseen = unseen if unseen.any() else unseen[:1]         # where all see all of it, one mask serves for all, uncopied
+            unseen = unseen if (unseen != unseen[:1]).any() else unseen[:1]       # one mask serves for all, uncopied
             self.levels.append((rows.to(device), shared.to(device), unseen.to(device)))
             offset += P * S * L
         self.place = torch.tensor(place, device=device)

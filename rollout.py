@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Layout, TokenLogprobs, attention, cache_folder, replace_file
+from model import Layout, TokenLogprobs, aligned, attention, cache_folder, out_of_memory, replace_file
 
 
 @dataclass(frozen=True)
@@ -473,8 +473,8 @@ class Block:
         """runs: list of (rows, the length of the prefix that they share); paths: row -> where its prompt's tokens lie in the
         prefill's `cache`, a list of (k, v) [tokens, kv_heads, head_dim] per layer."""
         rows, device = [row for run, _ in runs for row in run], cache[0][0].device
-        S, far = max(len(run) for run, _ in runs), max(prefix for _, prefix in runs)
-        near = max(len(paths[row]) - prefix for run, prefix in runs for row in run)
+        S, far = max(len(run) for run, _ in runs), aligned(max(prefix for _, prefix in runs), device)
+        near = aligned(max(len(paths[row]) - prefix for run, prefix in runs for row in run), device)
         none = lambda n: [-1] * n                         # n places without a token
         shared = [paths[run[0]][:prefix] + none(far - prefix) for run, prefix in runs]        # [P, far]
         own = [[none(near - len(paths[row]) + prefix) + paths[row][prefix:] for row in run] + [none(near)] * (S - len(run))
@@ -537,17 +537,17 @@ class Block:
 class Sampler:
     """Draws completions from the model, many rows at a time.
 
-    slots: rows decoded together; waiting ones are admitted once half of the slots are free, or enough for all that wait."""
+    slots: rows decoded together; waiting ones are admitted once half of the slots are free, or enough for all that wait. Where memory
+    does not suffice, they are halved for good."""
 
     def __init__(self, model, tokenizer, slots=128):
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
-        # A finished row is dropped at once on a CPU, where each row costs; on a GPU asking which are finished would wait for the
-        # device at every token, so it is asked only when the cache grows.
+        # On a CPU, where each row costs, a finished row is dropped at once. On a GPU asking which are finished waits for the device,
+        # and a smaller batch is another graph: it is asked seldom, and some rows leave only when the cache grows.
         self.cuda = model.embedding.device.type == "cuda"
         self.room = 128 if self.cuda else 16                                                  # tokens that the cache grows by
-        self.patience = self.room if self.cuda else 1
+        self.patience = 16 if self.cuda else 1                                                # tokens from one asking to the next
 
-    @torch.no_grad()
     def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None, greedy=None):
         """prompts: token ids, or texts -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
         greedy: for each prompt, whether to take the most likely token every time; None: for none, or at temperature 0 for all.
@@ -556,22 +556,35 @@ class Sampler:
         A row's randomness is a function of (seed, its prompt, how many equal prompts stand before it), one uniform per token,
         drawn ahead: who else is in the batch changes a row by the arithmetic's rounding at most."""
         prompts = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in prompts]
-        context, device = self.model.config.context, self.model.embedding.device
+        context = self.model.config.context
         for prompt in prompts:
             if not 0 < len(prompt) < context:
                 raise ValueError(f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}")
         if max_new_tokens < 1 or temperature < 0:
             raise ValueError(f"cannot sample {max_new_tokens} tokens at temperature {temperature}")
-        if not prompts:
-            return []
+        greedy = [temperature == 0 or most_likely for most_likely in greedy or [False] * len(prompts)]
+        while prompts:
+            try:
+                return self.draw(prompts, max_new_tokens, temperature or 1.0, seed, progress, greedy)
+            except RuntimeError as error:
+                if not out_of_memory(error) or self.slots < 2:
+                    raise
+            self.slots //= 2                              # not in the handler above, where the failed pass still holds its memory
+            torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: sampling again, and from now on, with {self.slots} slots")
+        return []
+
+    @torch.no_grad()
+    def draw(self, prompts, max_new_tokens, temperature, seed, progress, greedy):
+        """What `generate` gives, its arguments checked."""
+        context, device = self.model.config.context, self.model.embedding.device
         self.limit = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
         self.uniform = torch.from_numpy(uniforms(prompts, max_new_tokens, seed)).to(device)   # [rows, max new tokens]
         self.tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)
         self.end = torch.zeros(len(prompts), dtype=torch.long, device=device)                 # 0 while a row is alive
         self.stop = torch.tensor(self.tokenizer.stop_ids, device=device)
-        self.temperature = temperature or 1.0
-        greedy = [temperature == 0 or most_likely for most_likely in greedy or [False] * len(prompts)]
+        self.temperature = temperature
         self.greedy = torch.tensor(greedy, device=device) if any(greedy) else None
         self.shapes = self.graph = None                                                       # of `decode` on CUDA
 
@@ -580,23 +593,25 @@ class Sampler:
         waiting = sorted(range(len(prompts)), key=lambda row: prompts[row])      # neighbours share prefixes
         blocks = []
         bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="row")
-        with bar, self.model.packing():
-            while waiting or blocks:
-                free = self.slots - sum(len(block.row) for block in blocks)
-                if waiting and free >= min(len(waiting), self.slots / 2):
-                    blocks += self.admit(waiting[:free], prompts)
-                    waiting = waiting[free:]
-                else:
-                    self.decode(blocks)
-                for block in blocks:
-                    if (block.count - 1) % self.patience == 0 or block.count == max_new_tokens:
-                        alive = self.end[block.row] == 0
-                        if not alive.all():
-                            bar.update(int((~alive).sum()))
-                            block.keep(alive)
-                blocks = [block for block in blocks if len(block.row)]
-        self.model.train(training)
-        self.graph = None                                 # and with it the memory that it computes in
+        try:
+            with bar, self.model.packing():
+                while waiting or blocks:
+                    free = self.slots - sum(len(block.row) for block in blocks)
+                    if waiting and free >= min(len(waiting), self.slots / 2):
+                        blocks += self.admit(waiting[:free], prompts)
+                        waiting = waiting[free:]
+                    else:
+                        self.decode(blocks)
+                    for block in blocks:
+                        if (block.count - 1) % self.patience == 0 or block.count == max_new_tokens:
+                            alive = self.end[block.row] == 0
+                            if not alive.any() or not alive.all() and (not self.cuda or block.full()):
+                                bar.update(int((~alive).sum()))
+                                block.keep(alive)
+                    blocks = [block for block in blocks if len(block.row)]
+        finally:
+            self.model.train(training)
+            self.graph = None                             # and with it the memory that it computes in
 
         return [Completion(t[:n], l[:n], t[n - 1] in self.tokenizer.stop_ids)
                 for t, l, n in zip(self.tokens.tolist(), self.logprobs.tolist(), self.end.tolist())]
@@ -607,7 +622,7 @@ class Sampler:
         layout, cache = Layout(segments, self.model.embedding.device), []
 
         def attend(index, q, k, v):
-            cache.append((k, v))
+            cache.append((k.contiguous(), v.contiguous()))        # the views would keep all of the layer's q, k and v
             return layout.attend(index, q, k, v)
 
         hidden = self.model.hidden(layout.tokens, layout.positions, attend)
@@ -629,7 +644,7 @@ class Sampler:
         thousand, then cost one launch. The first step of a shape runs as it is: libraries cannot set themselves up in a capture."""
         for block in blocks:
             if block.full():
-                block.grow(min(self.room, self.tokens.shape[1] - block.count))
+                block.grow(aligned(min(self.room, self.tokens.shape[1] - block.count), block.mask.device))
         shapes = [(block.first, len(block.row), block.mask.shape) for block in blocks]
         if not self.cuda or shapes != self.shapes:
             self.shapes, self.graph = shapes, None

@@ -1230,12 +1230,25 @@ def rows_that_share():
     return rows
 
 
-def test_scores_and_gradients_equal_rows_alone(pair):
-    """3, 4, 6, 21: any sharing, any raggedness; the log-prob of a token is read where transformers has it."""
+def align(monkeypatch):
+    """Rows as long as on a GPU; the products that then begin at multiples of 8 are recorded. Returns their row lengths."""
+    lengths, product = [], torch.baddbmm
+    for module in (model, rollout):
+        monkeypatch.setattr(module, "aligned", lambda n, device: -(-n // 8) * 8)
+    monkeypatch.setattr(torch, "baddbmm", lambda mask, a, b, **rest: (lengths.append(b.shape[-1]), product(mask, a, b, **rest))[1])
+    return lengths
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_scores_and_gradients_equal_rows_alone(pair, monkeypatch, on_gpu):
+    """3, 4, 6, 21: any sharing, any raggedness; the log-prob of a token is read where transformers has it. So with the longer rows of a
+    GPU, whose products all begin at multiples of 8."""
     ours, _, theirs = pair
+    lengths = align(monkeypatch) if on_gpu else []
     rows = rows_that_share()
     weight = torch.linspace(-1, 1, sum(len(tokens) for _, tokens in rows))
     logprobs, entropies = score(ours, rows, temperature=0.7)
+    assert all(n % 8 == 0 for n in lengths) and bool(lengths) == on_gpu
     ours.zero_grad(), theirs.zero_grad()
     (logprobs * weight).sum().backward()
     wanted = [alone(theirs, *row, temperature=0.7) for row in rows]
@@ -1308,13 +1321,13 @@ class Tape(TorchDispatchMode):
         self.ran, Tape.replays = True, Tape.replays + 1
 
 
-def captured(ours, tokenizer, monkeypatch, slots, room=8):
+def captured(ours, tokenizer, monkeypatch, slots, room=8, patience=4):
     """A Sampler that works as it does on CUDA, its graphs being tapes."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", Tape)
     Tape.captures = Tape.replays = 0
     sampler = Sampler(ours, tokenizer, slots)
-    sampler.cuda, sampler.room, sampler.patience = True, room, room
+    sampler.cuda, sampler.room, sampler.patience = True, room, patience
     return sampler
 
 
@@ -1327,8 +1340,12 @@ def test_the_sampler_equals_sampling_by_hand(pair, monkeypatch, temperature, gre
     stop_ids = tuple(range(0, 1100, 17))                                       # several, so that rows end at different times
     tokenizer = SimpleNamespace(stop_ids=stop_ids, encode=tokenizer.encode)
     completions = Sampler(ours, tokenizer).generate(prompts, 40, temperature, seed=3, greedy=greedy)
-    replayed = [captured(ours, tokenizer, monkeypatch, slots).generate(prompts, 40, temperature, seed=3, greedy=greedy) for slots in (3, 6, 64)]
-    assert Tape.replays > 4 * Tape.captures > 0
+    lengths, replayed = align(monkeypatch), []
+    for slots in (3, 6, 64):
+        replayed.append(captured(ours, tokenizer, monkeypatch, slots).generate(prompts, 40, temperature, seed=3, greedy=greedy))
+        assert Tape.replays > 2 * Tape.captures > 0
+    assert lengths and all(n % 8 == 0 for n in lengths)
+    monkeypatch.undo()
     draws = rollout.uniforms(prompts, 40, 3)
     for prompt, uniform, best, *all_completions in zip(prompts, draws, greedy or [False] * 10, completions, *replayed):
         tokens, logprobs, stopped = naive_sample(theirs, prompt, stop_ids, 40, 0.0 if best else temperature, uniform)
@@ -1337,6 +1354,49 @@ def test_the_sampler_equals_sampling_by_hand(pair, monkeypatch, temperature, gre
             assert np.allclose(completion.logprobs, logprobs, atol=1e-4)
     assert any(c.stopped for c in completions)
     assert all(set(c.tokens[:-1]).isdisjoint(stop_ids) for c in completions)
+
+
+def test_on_a_gpu_sampling_ends_soon_after_the_last_row(tiny, monkeypatch):
+    """Though rows leave one by one only where the cache grows: with up to `patience` tokens too many, of 200 allowed."""
+    ours, tokenizer, _ = tiny
+    tokenizer = SimpleNamespace(stop_ids=tuple(range(0, 1100, 5)))
+    prompts = [tuple(random_ids(5, i)) for i in range(6)]
+    longest = max(len(c.tokens) for c in Sampler(ours, tokenizer).generate(prompts, 200, seed=1))
+    sampler, steps = captured(ours, tokenizer, monkeypatch, 64, room=128, patience=16), []
+    monkeypatch.setattr(sampler, "decode", lambda blocks: (steps.append(1), Sampler.decode(sampler, blocks)))
+    sampler.generate(prompts, 200, seed=1)
+    assert longest > 17 and longest - 1 <= len(steps) < longest + 16
+
+
+def test_sampling_out_of_memory_begins_again_with_half_the_slots(tiny, monkeypatch):
+    """The same tokens as of a sampler of so few slots; the model is left as it was; with one slot the error comes through."""
+    ours, tokenizer, _ = tiny
+    prompts = [tuple(random_ids(5, i)) for i in range(8)]
+    wanted = Sampler(ours, tokenizer, 2).generate(prompts, 12, seed=1)
+    sampler, room = Sampler(ours, tokenizer, 8), [2]
+    full = lambda blocks: sum(len(block.row) for block in blocks) > room[0]
+
+    def decode(blocks):
+        if full(blocks):
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`") if sampler.slots == 8 else torch.OutOfMemoryError
+        Sampler.decode(sampler, blocks)
+
+    monkeypatch.setattr(sampler, "decode", decode)
+    ours.train()
+    assert sampler.generate(prompts, 12, seed=1) == wanted and sampler.slots == 2 and ours.training
+    room[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler.generate(prompts, 12, seed=1)
+    assert sampler.slots == 1 and ours.training and sampler.graph is None
+
+
+def test_the_prefill_keeps_no_more_than_keys_and_values(tiny, monkeypatch):
+    """Not the projections that they are parts of: twice their size and more, for all layers at once."""
+    ours, tokenizer, _ = tiny
+    seen, block = [], rollout.Block
+    monkeypatch.setattr(rollout, "Block", lambda runs, paths, cache: (seen.extend(x for layer in cache for x in layer), block(runs, paths, cache))[1])
+    Sampler(ours, tokenizer).generate([tuple(random_ids(30))] * 2, 2, seed=1)
+    assert len(seen) == 2 * ours.config.num_layers and all(x.untyped_storage().nbytes() == x.nbytes for x in seen)
 
 
 def test_neighbours_slots_and_order_do_not_matter(tiny):
@@ -1372,7 +1432,7 @@ def test_captured_decoding_on_cuda(tmp_path):
     prompts = [tuple(prompt) for prompt, _ in rows_that_share()] * 3
     for slots in (5, 64):
         captured, eager = Sampler(ours, tokenizer, slots), Sampler(ours, tokenizer, slots)
-        eager.cuda = False                                 # same room and patience, no graph
+        eager.decode = lambda blocks, eager=eager: (setattr(eager, "shapes", None), Sampler.decode(eager, blocks))      # each step is a shape's first
         assert captured.cuda and captured.generate(prompts, 300, seed=5) == eager.generate(prompts, 300, seed=5)
 
 
@@ -2116,7 +2176,7 @@ def test_a_run_goes_on_with_other_memory_settings(tmp_path, tiny_run, monkeypatc
     same, fewer = tiny_run(*flags, "--micro-batch", 512, "--slots", 8), tiny_run(*flags, "--micro-batch", 64, "--slots", 3)
     same.restore()
     fewer.restore()
-    assert (same.micro_batch, same.slots, fewer.micro_batch, fewer.slots) == (256, 8, 64, 3)
+    assert (same.micro_batch, same.sampler.slots, fewer.micro_batch, fewer.sampler.slots) == (256, 8, 64, 3)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert all((stored[which]["micro_batch"], stored[which]["slots"]) == (64, 3) for which in stored) and fewer.go()
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fewer.learner.tensors().values(), whole.learner.tensors().values()))
@@ -2404,7 +2464,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys):
             raise RuntimeError("CUDA error: invalid device ordinal")
         chosen.append(index)
 
-    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", set_device), ("mem_get_info", lambda _: (1e9, 1e9))):
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", set_device), ("mem_get_info", lambda _: (1e9, 1e9)),
+                        ("set_per_process_memory_fraction", lambda _: None)):
         monkeypatch.setattr(torch.cuda, name, value)
     for device in ("cuda:1", "cuda:x"):
         assert f"no device '{device}' here" in refused(capsys, "--device", device, "--check")

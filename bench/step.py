@@ -58,7 +58,7 @@ def ours(task, problems, group, limit, long, steps):
         peak, reach = peak_gb(), limits(run.model)                                       # the limits' measurement takes memory itself
         prompts, tokens = [r.prompt for r in last], sum(len(r.tokens) for r in last)
         layers, head = sum(p.numel() for p in run.model.layers.parameters()), run.model.output_weight().numel()
-        least = {"sample": least_seconds(run.model, reach, prompts, tokens, run.slots),
+        least = {"sample": least_seconds(run.model, reach, prompts, tokens, run.sampler.slots),
                  # forward and backward: 6 FLOP for each weight and token, the head's for the answers only
                  "train": 6 * (layers * (distinct_tokens(prompts) + tokens) + head * tokens) / reach[0]}
         parts = {f"{name}_seconds": row[f"{name}_seconds"] for name in least}
