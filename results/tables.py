@@ -102,9 +102,9 @@ def sigmoid(seeds, task):
 # Tables
 
 
-def spread(values, form):
+def spread(values, form, weights=None):
     """Mean (lowest..highest) of the seeds."""
-    return f"{form(np.mean(values))}" + (f" ({form(min(values))}..{form(max(values))})" if len(values) > 1 else "")
+    return f"{form(np.average(values, weights=weights))}" + (f" ({form(min(values))}..{form(max(values))})" if len(values) > 1 else "")
 
 
 def percent(value):
@@ -139,7 +139,7 @@ def to_rl_best(runs, task):
             if method == "rl" and means[method][:, 2].any():
                 target = means[method][:, 2].max()
                 lines = [f"RL's best: {target:.1%} sampled, the highest point of its mean on validation problems (seeds: {full}). When others "
-                         "reach it: their mean over seeds (lowest..highest of the seeds that do).", ""]
+                         "reach it: of their mean over seeds (of the single seeds that reach it, first..last).", ""]
     lines += ["| method | best, sampled | slow steps to RL's best | rollouts to RL's best | KL to the base there under the own prompt, nats a token "
               "| under the seed prompt | seeds that reach it | sigmoid |", "|" + "---|" * 8]
     for method, curves in every.items():
@@ -286,9 +286,9 @@ def peers(path):
              "seeds' answers to one problem count as one observation, which errs on the wide side.", "",
              "| task, split, limit of an answer | system | seeds | rollouts | greedy | 95% | sampled | in form, greedy | in form, sampled | tokens of the prompt |", "|" + "---|" * 10]
     for (task, split, limit, system), rows in groups.items():
-        cells = {key: spread([row[key] for row in rows], percent) for key in keys}
-        answers, n = sum(row["problems"] for row in rows), max(row["problems"] for row in rows)       # every seed is asked the same
-        low, high = wilson(sum(row["greedy"] * row["problems"] for row in rows) / answers * n, n)
+        asked = [row["problems"] for row in rows]
+        cells, n = {key: spread([row[key] for row in rows], percent, asked) for key in keys}, max(asked)     # every seed is asked the same
+        low, high = wilson(np.average([row["greedy"] for row in rows], weights=asked) * n, n)
         lines.append(f"| {task}, {split}, {limit} | {system} | {len(rows)} | {spread([row['rollouts'] for row in rows], '{:.0f}'.format)} | {cells['greedy']} | {low:.1%} to {high:.1%} | "
                      f"{cells['sampled']} | {cells['greedy_format']} | {cells['sampled_format']} | {spread([row['prompt_tokens'] for row in rows], '{:.0f}'.format)} |")
     whole = {key: rows for key, rows in groups.items() if all("right" in row for row in rows) and len({row["problems"] for row in rows}) == 1}
