@@ -293,7 +293,7 @@ class Search:
         self.seen = {content(c.context) for c in self.candidates}
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
-        self.liking, self.partner = {}, {}          # context -> each probe's log-prob under it; -> a merge's second parent
+        self.probe_logprobs, self.partner = {}, {}  # context -> each probe's log-prob under it; -> a merge's second parent
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
         ids = {p.id for p in self.anchors}
         for c in self.candidates:                                       # scores of other weights or problems do not count
@@ -344,7 +344,7 @@ class Search:
         known = [p for p in self.anchors if p.id in self.solutions and p.id not in shown]
         known = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
         self.probes = [(p, self.solution(p.id).answer) for p in known]
-        self.like([c.context for c in self.candidates])
+        self.score_probes([c.context for c in self.candidates])
 
     def estimate(self, candidate):
         """A candidate's mean, drawn towards the mean of all as if by 4 more problems: a lucky 3 of 3 is not certainty."""
@@ -398,11 +398,11 @@ class Search:
         return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
 
     def promise(self, candidate):
-        return self.estimate(candidate), sum(self.liking[candidate.context])
+        return self.estimate(candidate), sum(self.probe_logprobs[candidate.context])
 
     def draw_parents(self):
         # of equal means parent_weights favours the first
-        pool = sorted(self.contenders, key=lambda c: sum(self.liking[c.context]), reverse=True)
+        pool = sorted(self.contenders, key=lambda c: sum(self.probe_logprobs[c.context]), reverse=True)
         weights = parent_weights([[c.scores[self.step].get(p.id) for p in self.anchors] for c in pool])
         return list(dict.fromkeys(self.rng.choices(pool, weights, k=min(3, self.width // 4))))
 
@@ -419,7 +419,7 @@ class Search:
         asked = [parent for name, parent in slots.elements() if name == "rewrite"]
         replies = self.write([reflection(parent.context, traces[parent]) for parent in asked], self.calls) if asked else []
         children = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
-        self.like([child.context for child, _ in children if child.verdict != "rejected"])
+        self.score_probes([child.context for child, _ in children if child.verdict != "rejected"])
         for child, _ in children:
             if child.verdict == "rejected":               # its place goes to another operator
                 slots[self.draw_operator(OPERATORS[1:]), self.rng.choice(parents)] += 1
@@ -468,22 +468,23 @@ class Search:
         likeliest, did not pay: it ranks them by their number of examples (bench/operators.py)."""
         contexts = [operator(parent.context, barred) for _ in range(slots)]
         new = {content(x): x for x in contexts if content(x) not in self.seen and self.count(x) <= self.prompt_tokens}
-        self.like(new.values())
+        self.score_probes(new.values())
         self.population.operators[operator.__name__][1] += slots - len(new)           # nothing new to propose is no success
         return [self.add(context, parent, operator.__name__) for context in new.values()]
 
-    def like(self, contexts):
+    def score_probes(self, contexts):
         """Notes how likely the model finds each probe's known solution under each context: the mean log-prob of its tokens. Not
         the probability, in which one easy probe outweighs all others: with GSM8K's long solutions no example would make a
         visible difference. No prompt contains a probe."""
-        self.liking |= {context: [] for context in contexts}
-        jobs = [(context, problem, answer) for context in dict.fromkeys(contexts) for problem, answer in self.probes]
-        for (context, _, _), logprob in zip(jobs, self.likelihood(jobs) if jobs else []):
-            self.liking[context].append(logprob)
+        contexts = list(dict.fromkeys(contexts))
+        jobs = [(context, problem, answer) for context in contexts for problem, answer in self.probes]
+        logprobs = iter(self.likelihood(jobs) if jobs else [])
+        for context in contexts:
+            self.probe_logprobs[context] = [next(logprobs) for _ in self.probes]
 
     def likelier(self, child, parent):
         """Whether the known solutions are: by two standard errors of the mean of the differences, probe by probe."""
-        gains = [a - b for a, b in zip(self.liking[child], self.liking[parent])]
+        gains = [a - b for a, b in zip(self.probe_logprobs[child], self.probe_logprobs[parent])]
         return len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
     def solution(self, problem_id, own=False):
@@ -543,7 +544,7 @@ class Search:
         #    cannot win.
         top = max((mean[c] for c in able if whole[c]), default=0)
         level = lambda c: whole[c] and mean[c] >= top - 2 * math.sqrt(top * (1 - top) / len(self.anchors))
-        rank = lambda c: (level(c), sum(self.liking[c.context]) if level(c) else 0, mean[c])
+        rank = lambda c: (level(c), sum(self.probe_logprobs[c.context]) if level(c) else 0, mean[c])
 
         # 2. A prompt less than half as good as the best would only take rollouts from it: its place goes to a better one, if
         #    need be twice. Of the others the cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by

@@ -3326,7 +3326,7 @@ def test_where_nothing_is_solved_the_likelihood_of_known_solutions_decides():
 def test_likelier_means_by_two_standard_errors_probe_by_probe():
     search = searching()
     def likelier(child, parent):
-        search.liking = {"child": child, "parent": parent}
+        search.probe_logprobs = {"child": child, "parent": parent}
         return search.likelier("child", "parent")
     assert likelier([0.5, 0.7, 0.9], [0.4, 0.5, 0.6])                   # gains 0.1, 0.2, 0.3: mean 0.2, its standard error 0.058
     assert not likelier([0.4, 0.8, 0.6], [0.4, 0.5, 0.6])               # 0, 0.3, 0: 0.1 and 0.1
@@ -3553,7 +3553,7 @@ def test_parents_are_of_the_frontier_and_answer_what_they_failed():
     search = searching(*"abc")
     for c, right in zip(search.candidates, (range(0, 30), range(20, 45), range(5, 25))):
         c.scores = {0: {p.id: float(i in right) for i, p in enumerate(problems(48))}}
-        search.liking[c.context] = []
+        search.probe_logprobs[c.context] = []
     assert {c.context.system for _ in range(50) for c in search.draw_parents()} == {"a", "b"}
     for _ in range(20):
         assert all(int(p.id.split("/")[1]) >= 30 for p in search.minibatch(search.candidates[0]))
@@ -3627,7 +3627,7 @@ def test_of_equally_good_prompts_the_likeliest_leads(right, leads):
     search.probes = []
     for c, n, logprob in zip(search.candidates, right, (-1.0, -2.0)):
         c.scores = {0: {p.id: float(i < n) for i, p in enumerate(problems(48))}}
-        search.liking[c.context] = [logprob]
+        search.probe_logprobs[c.context] = [logprob]
     search.finish(1)
     assert search.population.contexts == [Context(("first", "second")[leads])]
 
