@@ -293,7 +293,9 @@ class Search:
         self.seen = {content(c.context) for c in self.candidates}
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
-        self.probe_logprobs, self.partner = {}, {}  # context -> each probe's log-prob under it; -> a merge's second parent
+        self.probes, self.probe_logprobs = [], {}                       # (problem, known solution); context -> log-prob of each
+        self.partner = {}                                               # merged context -> id of its second parent
+        self.sentences = []                                             # of the feedback, general enough to be lessons
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
         ids = {p.id for p in self.anchors}
         for c in self.candidates:                                       # scores of other weights or problems do not count

@@ -3502,7 +3502,7 @@ def test_no_anchor_survives_in_an_instruction_or_lesson():
                 assert not leaks(c.context.system, told)
     assert operators == {"seed", "rewrite", "lesson", "example", "merge"}
     search = reflect.Search(Population([Context("")]), [Problem("a", "Where are they?", "shed")], None, lambda chats, _: [("", True)], None, count, 0, 0, 0, 200)
-    search.probes, search.feedback = [], {i: ["They are in the shed. Say in one word where."] for i in "ab"}
+    search.feedback = {i: ["They are in the shed. Say in one word where."] for i in "ab"}
     seed, = search.candidates
     search.propose([seed], {seed: []}, 4)
     assert search.sentences == ["Say in one word where."]
@@ -3528,7 +3528,7 @@ def test_examples_are_solutions_that_were_told_or_verified():
 
 def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
     search = searching("")
-    search.probes, pool = [], [Example(p.question, "word " * (1 + i), p.id) for i, p in enumerate(problems(48))]
+    pool = [Example(p.question, "word " * (1 + i), p.id) for i, p in enumerate(problems(48))]
     search.solutions = {e.problem_id: {"reference": e} for e in pool}
     for _ in range(50):                                   # what is left out does not fit any more
         drawn = search.rng.sample(pool, search.rng.randint(0, 20))
@@ -3624,7 +3624,6 @@ def test_no_two_prompts_differ_only_in_order():
 def test_of_equally_good_prompts_the_likeliest_leads(right, leads):
     """Two prompts, each asked the same 48 problems; under the first known solutions are likelier. Within two standard errors it leads."""
     search = searching("first", "second")
-    search.probes = []
     for c, n, logprob in zip(search.candidates, right, (-1.0, -2.0)):
         c.scores = {0: {p.id: float(i < n) for i, p in enumerate(problems(48))}}
         search.probe_logprobs[c.context] = [logprob]
@@ -3634,7 +3633,7 @@ def test_of_equally_good_prompts_the_likeliest_leads(right, leads):
 
 def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
     search = searching("Be brief.")
-    search.probes, search.sentences, parent = [], [], search.candidates[0]
+    parent = search.candidates[0]
     assert search.offspring(search.merge, parent, set(), 3) == search.offspring(search.lesson, parent, set(), 2) == []
     search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(2)}
     children = search.offspring(search.example, parent, set(), 40)                    # there are but three sets of two examples
