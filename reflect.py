@@ -427,8 +427,8 @@ class Search:
                 slots[self.draw_operator(OPERATORS[1:]), self.rng.choice(parents)] += 1
         for (name, parent), n in slots.items():
             if name != "rewrite":
-                barred = {r.problem.id for r in traces[parent]}
-                children += [(child, parent) for child in self.offspring(getattr(self, name), parent, barred, n)]
+                minibatch_ids = {r.problem.id for r in traces[parent]}
+                children += [(child, parent) for child in self.offspring(getattr(self, name), parent, minibatch_ids, n)]
         return [(child, parent) for child, parent in children if child.verdict != "rejected"]
 
     def draw_operator(self, operators=OPERATORS):
@@ -465,10 +465,10 @@ class Search:
             return self.add(Context(printable(reply)[:2000], parent.context.examples), parent, "rewrite", "rejected", str(error))
         return self.add(context, parent, "rewrite")
 
-    def offspring(self, operator, parent, barred, slots):
+    def offspring(self, operator, parent, minibatch_ids, slots):
         """Up to `slots` children of the parent by one operator. To draft more, and ask those under which known solutions are
         likeliest, did not pay: it ranks them by their number of examples (bench/operators.py)."""
-        contexts = [operator(parent.context, barred) for _ in range(slots)]
+        contexts = [operator(parent.context, minibatch_ids) for _ in range(slots)]
         new = {content(x): x for x in contexts if content(x) not in self.seen and self.count(x) <= self.prompt_tokens}
         self.score_probes(new.values())
         self.population.operators[operator.__name__][1] += slots - len(new)           # nothing new to propose is no success
@@ -494,7 +494,7 @@ class Search:
         known = self.solutions[problem_id]
         return known.get("own" if own else "reference") or next(iter(known.values()))        # else whichever there is
 
-    def lesson(self, context, barred):
+    def lesson(self, context, minibatch_ids):
         """One lesson more, or, once in a while, one less."""
         instruction, lessons = lessons_of(context.system)
         new = [s for s in self.sentences if s not in context.system]
@@ -504,23 +504,23 @@ class Search:
             lessons.append(self.rng.choice(new))
         return Context(with_lessons(instruction, lessons), context.examples)
 
-    def example(self, context, barred):
+    def example(self, context, minibatch_ids):
         """Some of the old examples, joined by new ones, as many as fit: for a small model their number counts more than which they
         are. None is of a problem that is about to score the prompt, or whose likelihood does."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
-        barred = barred | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
-        pool = [problem_id for problem_id in self.solutions if problem_id not in barred]
+        excluded = minibatch_ids | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
+        pool = [problem_id for problem_id in self.solutions if problem_id not in excluded]
         added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 2, 4, 8, 16, 32])))
         return self.fit(context.system, stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added])
 
-    def merge(self, context, barred):
+    def merge(self, context, minibatch_ids):
         """With another prompt's lessons and examples too."""
         other = self.rng.choice(self.contenders)
         (instruction, lessons), (_, more) = lessons_of(context.system), lessons_of(other.context.system)
         lessons += [lesson for lesson in more if lesson not in lessons]
-        had = {e.problem_id for e in context.examples} | barred
-        new = [e for e in other.context.examples if e.problem_id not in had]
+        excluded = minibatch_ids | {e.problem_id for e in context.examples}
+        new = [e for e in other.context.examples if e.problem_id not in excluded]
         if not new and with_lessons(instruction, lessons) == context.system:
             return context
         merged = self.fit(with_lessons(instruction, lessons), [*context.examples, *new])
