@@ -414,9 +414,9 @@ class Search:
         """Up to `width` children to be asked: list of (candidate, parent). traces: the rollouts of each parent's minibatch."""
         sentences = map(printable, general_sentences(self.feedback))
         self.sentences = [s for s in sentences if not leaks(s, self.anchors) and not MARKUP.search(s)]
-        slots = [name for name, record in self.population.operators.items() if not any(record)]       # each has a first chance
-        slots = [*slots, *(self.draw_operator() for _ in range(width - len(slots)))][:width]
-        slots = Counter((name, self.rng.choice(parents)) for name in slots)
+        names = [name for name, record in self.population.operators.items() if not any(record)]       # each has a first chance
+        names = [*names, *(self.draw_operator() for _ in range(width - len(names)))][:width]
+        slots = Counter((name, self.rng.choice(parents)) for name in names)       # (operator, parent) -> number of children
 
         asked = [parent for name, parent in slots.elements() if name == "rewrite"]
         replies = self.write([reflection(parent.context, traces[parent]) for parent in asked], self.calls) if asked else []
@@ -428,7 +428,7 @@ class Search:
         for (name, parent), n in slots.items():
             if name != "rewrite":
                 minibatch_ids = {r.problem.id for r in traces[parent]}
-                children += [(child, parent) for child in self.offspring(getattr(self, name), parent, minibatch_ids, n)]
+                children += [(child, parent) for child in self.offspring(name, parent, minibatch_ids, n)]
         return [(child, parent) for child, parent in children if child.verdict != "rejected"]
 
     def draw_operator(self, operators=OPERATORS):
@@ -465,14 +465,16 @@ class Search:
             return self.add(Context(printable(reply)[:2000], parent.context.examples), parent, "rewrite", "rejected", str(error))
         return self.add(context, parent, "rewrite")
 
-    def offspring(self, operator, parent, minibatch_ids, slots):
-        """Up to `slots` children of the parent by one operator. To draft more, and ask those under which known solutions are
+    def offspring(self, name, parent, minibatch_ids, count):
+        """Up to `count` children of the parent by the operator `name`, the method of that name: (the parent's context, ids of the
+        problems that will score the child) -> the child's context. To draft more, and ask those under which known solutions are
         likeliest, did not pay: it ranks them by their number of examples (bench/operators.py)."""
-        contexts = [operator(parent.context, minibatch_ids) for _ in range(slots)]
+        operator = getattr(self, name)
+        contexts = [operator(parent.context, minibatch_ids) for _ in range(count)]
         new = {content(x): x for x in contexts if content(x) not in self.seen and self.count(x) <= self.prompt_tokens}
         self.score_probes(new.values())
-        self.population.operators[operator.__name__][1] += slots - len(new)           # nothing new to propose is no success
-        return [self.add(context, parent, operator.__name__) for context in new.values()]
+        self.population.operators[name][1] += count - len(new)                        # nothing new to propose is no success
+        return [self.add(context, parent, name) for context in new.values()]
 
     def score_probes(self, contexts):
         """Notes how likely the model finds each probe's known solution under each context: the mean log-prob of its tokens. Not

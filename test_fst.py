@@ -3634,9 +3634,9 @@ def test_of_equally_good_prompts_the_likeliest_leads(right, leads):
 def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
     search = searching("Be brief.")
     parent = search.candidates[0]
-    assert search.offspring(search.merge, parent, set(), 3) == search.offspring(search.lesson, parent, set(), 2) == []
+    assert search.offspring("merge", parent, set(), 3) == search.offspring("lesson", parent, set(), 2) == []
     search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(2)}
-    children = search.offspring(search.example, parent, set(), 40)                    # there are but three sets of two examples
+    children = search.offspring("example", parent, set(), 40)                    # there are but three sets of two examples
     assert 0 < len(children) <= 3
     charged = {name: failures for name, (_, failures) in search.population.operators.items()}
     assert charged == {"rewrite": 0, "lesson": 2, "example": 40 - len(children), "merge": 3}
