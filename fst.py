@@ -440,7 +440,6 @@ class Run:
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
         if self.tokenizer.turn_end is None:
             raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
-        self.count = lambda context: len(self.tokenizer.chat(context.messages("")))                # tokens
         self.prompt_tokens = None if trained else self.longest_context()
         weights = {} if trained else dict(self.model.named_parameters())
         self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks]), [], None),
@@ -459,12 +458,15 @@ class Run:
         self.population = reflect.Population([Context(self.tasks[0].seed_prompt)])
         self.stop = False
 
+    def count_tokens(self, context):
+        return len(self.tokenizer.chat(context.messages("")))         # around an empty question
+
     def longest_context(self):
         """Tokens that a context may take: --prompt-tokens, or as many as leave room for every question and its answer."""
         c, context = self.config, self.model.config.context
         problems = [p for task in self.tasks for split in task.splits.values() for p in split]
         question = max(len(self.tokenizer.encode(p.question)) for p in problems)
-        longest = max(self.count(Context(task.seed_prompt)) for task in self.tasks)
+        longest = max(self.count_tokens(Context(task.seed_prompt)) for task in self.tasks)
         if longest + question + c.max_new_tokens > context:
             raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
                              f"(--max-new-tokens) do not fit the model's context of {context}")
@@ -638,8 +640,8 @@ class Run:
 
         updates = self.learner.updates if self.learner else 0
         everyone, spent = reflect.evolve(
-            self.population, anchors, ask_all, write, likelihood, self.count, budget=int(c.passes * len(anchors)), keep=c.prompts,
-            step=updates, seed=f"{c.seed} {task} {cycle}", prompt_tokens=self.prompt_tokens)
+            self.population, anchors, ask_all, write, likelihood, self.count_tokens, budget=int(c.passes * len(anchors)),
+            keep=c.prompts, step=updates, seed=f"{c.seed} {task} {cycle}", prompt_tokens=self.prompt_tokens)
         self.spent["fast_rollouts"] += spent
         kept, best = self.population.candidates, self.population.candidates[0].mean(updates)
         self.journal("prompts.jsonl", *[{"task": self.tasks[task].name, "cycle": cycle, "kept": x in kept, **x.to_json()}
@@ -647,7 +649,7 @@ class Run:
         return {"kind": "fast", "task": self.tasks[task].name, "cycle": cycle, "weights": updates, "candidates": len(everyone),
                 "accepted": sum(x.verdict == "accepted" for x in everyone), "rollouts_used": spent,
                 **({} if best is None else {"best": best}), "kept": [x.id for x in kept],
-                "prompt_tokens": [self.count(x.context) for x in kept], **self.spent, "seconds": time.perf_counter() - start}
+                "prompt_tokens": [self.count_tokens(x.context) for x in kept], **self.spent, "seconds": time.perf_counter() - start}
 
     # -- measuring -------------------------------------------------------------------------------------------------
 

@@ -229,12 +229,12 @@ def content(context):
     return context.system, frozenset(context.examples)
 
 
-def fill(system, examples, count, limit):
+def fill(system, examples, count_tokens, limit):
     """The context of those examples, in the order given, that still fit the limit of tokens when their turn comes."""
     context = Context(system)
     for example in examples:
         longer = Context(system, (*context.examples, example))
-        context = longer if count(longer) <= limit else context
+        context = longer if count_tokens(longer) <= limit else context
     return context
 
 
@@ -260,7 +260,7 @@ def reflection(context, rollouts):
 # Evolution
 
 
-def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, step, seed, prompt_tokens=1024):
+def evolve(population, anchors, ask, write, likelihood, count_tokens, *, budget, keep, step, seed, prompt_tokens=1024):
     """Evolves `population` in place on `anchors`, with at most `budget` rollouts. Returns every candidate that was looked at,
     carried ones first, and the number of rollouts spent. The population then holds exactly `keep` prompts, best first; one is
     repeated only where there are no others at least half as good.
@@ -268,8 +268,8 @@ def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, 
     ask([(Context, Problem)], seed) -> [Rollout]                        all in one batch
     write([messages], seed) -> [(text, stopped)]                        the reflector
     likelihood([(Context, Problem, text)]) -> [mean log-prob a token]   or likelihood is None
-    count(Context) -> tokens;  step: optimizer steps that the weights have taken."""
-    search = Search(population, anchors, ask, write, likelihood, count, budget, step, seed, prompt_tokens)
+    count_tokens(Context) -> tokens;  step: optimizer steps that the weights have taken."""
+    search = Search(population, anchors, ask, write, likelihood, count_tokens, budget, step, seed, prompt_tokens)
     search.measure_carried()
     while search.round():
         pass
@@ -280,10 +280,10 @@ def evolve(population, anchors, ask, write, likelihood, count, *, budget, keep, 
 class Search:
     """One call of `evolve`."""
 
-    def __init__(self, population, anchors, ask, write, likelihood, count, budget, step, seed, prompt_tokens):
+    def __init__(self, population, anchors, ask, write, likelihood, count_tokens, budget, step, seed, prompt_tokens):
         if not anchors:
             raise ValueError("there are no anchor problems to evolve prompts on")
-        self.population, self.ask, self.write, self.likelihood, self.count = population, ask, write, likelihood, count
+        self.population, self.ask, self.write, self.likelihood, self.count_tokens = population, ask, write, likelihood, count_tokens
         self.budget, self.step, self.prompt_tokens, self.spent, self.calls = budget, step, prompt_tokens, 0, 0
         self.rng = random.Random(f"{seed} {step}")
         self.anchors = list({p.id: p for p in anchors}.values())
@@ -456,7 +456,7 @@ class Search:
                 raise ValueError("unchanged")
             if content(context) in self.seen:
                 raise ValueError("proposed before")
-            if (size := self.count(context)) > self.prompt_tokens:
+            if (size := self.count_tokens(context)) > self.prompt_tokens:
                 raise ValueError(f"too long: {size} tokens with its examples")
             if found := leaks(system, self.anchors) - leaks(parent.context.system, self.anchors):
                 raise ValueError(f"copies the {', '.join(sorted({kind for _, kind in found}))} of an anchor problem")
@@ -471,7 +471,7 @@ class Search:
         likeliest, did not pay: it ranks them by their number of examples (bench/operators.py)."""
         operator = getattr(self, name)
         contexts = [operator(parent.context, minibatch_ids) for _ in range(count)]
-        new = {content(x): x for x in contexts if content(x) not in self.seen and self.count(x) <= self.prompt_tokens}
+        new = {content(x): x for x in contexts if content(x) not in self.seen and self.count_tokens(x) <= self.prompt_tokens}
         self.score_probes(new.values())
         self.population.operators[name][1] += count - len(new)                        # nothing new to propose is no success
         return [self.add(context, parent, name) for context in new.values()]
@@ -532,7 +532,7 @@ class Search:
     def fit(self, system, examples):
         """As many as fit, in random order. Not the shortest first, though more would fit: short questions are alike
         (bench/examples.py compares the two)."""
-        return fill(system, self.rng.sample(examples, len(examples)), self.count, self.prompt_tokens)
+        return fill(system, self.rng.sample(examples, len(examples)), self.count_tokens, self.prompt_tokens)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -557,7 +557,7 @@ class Search:
         good = [c for c in mean if level(c) or mean[c] >= half]
         pool = [c for c in good if c in able]
         estimates = [[(c.scores[self.step].get(p.id, mean[c]) + 2 * mean[c]) / 3 for p in self.anchors] for c in pool]
-        kept = [pool[i] for i in cover(estimates, list(map(rank, pool)), [self.count(c.context) for c in pool], keep)]
+        kept = [pool[i] for i in cover(estimates, list(map(rank, pool)), [self.count_tokens(c.context) for c in pool], keep)]
 
         # 3. Where those are fewer than K: the best of the others that were asked, then repeats.
         kept += [c for c in sorted(good, key=mean.get, reverse=True) if c not in kept][:keep - len(kept)]

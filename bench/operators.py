@@ -106,7 +106,7 @@ def study(run, seed, options):
                dtype=run.config.dtype, anchors=len(search.anchors), probes=len(search.probes), problems=len(problems),
                max_new_tokens=run.config.max_new_tokens, tried=tried, why=why, **row, anchor_reward=anchors,
                likelihood=[round(reflect.average(search.probe_logprobs[child.context]), 4) for child in children],
-               prompt_tokens=[search.count(child.context) for child in children], examples=[len(child.context.examples) for child in children],
+               prompt_tokens=[search.count_tokens(child.context) for child in children], examples=[len(child.context.examples) for child in children],
                seconds=time.perf_counter() - start,       # of a task with data of its own nothing is quoted: a reply may hold it
                replies=replies[:QUOTES] if operator == "rewrite" and isinstance(task, Generated) else [])
 
