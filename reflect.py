@@ -143,12 +143,13 @@ def cover(estimates, ranks, lengths, keep):
     """Indices of up to `keep` candidates: the one of highest rank, then one by one whoever raises the sum over problems of the best
     estimate among the kept the most; ties go to the higher rank, then to the shorter prompt.
     estimates [candidates][problems], ranks (any values that compare) and lengths [candidates]."""
-    chosen, best = [], [0.0] * len(estimates[0])
-    while len(chosen) < min(keep, len(estimates)):
-        gain = lambda i: round(sum(max(e - b, 0) for e, b in zip(estimates[i], best)), 9) if chosen else ranks[i]
-        pick = max((i for i in range(len(estimates)) if i not in chosen), key=lambda i: (gain(i), ranks[i], -lengths[i], -i))
-        chosen.append(pick)
-        best = list(map(max, best, estimates[pick]))
+    rest = sorted(range(len(estimates)), key=lambda i: (ranks[i], -lengths[i]), reverse=True)
+    chosen = [rest.pop(0)]
+    while rest and len(chosen) < keep:
+        best = [max(column) for column in zip(*(estimates[i] for i in chosen))]               # [problems]
+        gain = lambda i: round(sum(max(e - b, 0) for e, b in zip(estimates[i], best)), 9)
+        chosen.append(max(rest, key=gain))                # in a tie the first, which `rest` has in order
+        rest.remove(chosen[-1])
     return chosen
 
 
