@@ -162,6 +162,9 @@ def printable(text):
     return "".join(c for c in text.replace("\t", " ") if c == "\n" or c.isprintable())
 
 
+MARKUP = re.compile(r"<\|.*?\|>|</?think>")               # a prompt that held it would end its own turn
+
+
 def parse_rewrite(reply, stopped=True):
     """The reflector's reply -> the text of its last closed fence outside its thoughts; ValueError says why there is none."""
     if not stopped:
@@ -180,9 +183,6 @@ def parse_rewrite(reply, stopped=True):
     if MARKUP.search(text):
         raise ValueError("holds the chat template's own markup")
     return text
-
-
-MARKUP = re.compile(r"<\|.*?\|>|</?think>")               # a prompt that held it would end its own turn
 
 
 def leaks(text, problems):
@@ -209,10 +209,11 @@ def leaks(text, problems):
 def general_sentences(feedback):
     """feedback: problem id -> what the grader said of wrong answers to it, less the solution. The sentences that it said, word for
     word, of two problems or more: those speak of the task, the others of one problem; what holds a digit may speak of one, too."""
-    said = Counter(sentence for texts in feedback.values() for sentence in
-                   {s.strip() for text in texts for s in re.split(r"(?<=[.!?])\s+|\n", text)})
+    said = Counter()                                      # sentence -> number of problems
+    for texts in feedback.values():
+        said.update({sentence.strip() for text in texts for sentence in re.split(r"(?<=[.!?])\s+|\n", text)})
     whole = lambda s: s.endswith((".", "!")) and len(s.split()) > 3
-    return sorted(s for s, count in said.items() if count > 1 and whole(s) and not re.search(r"\d", s))
+    return sorted(s for s, problems in said.items() if problems > 1 and whole(s) and not re.search(r"\d", s))
 
 
 def lessons_of(system):
@@ -222,7 +223,8 @@ def lessons_of(system):
 
 
 def with_lessons(instruction, lessons):
-    return "\n".join([instruction] * bool(instruction) + [f"- {lesson}" for lesson in lessons])
+    lines = [f"- {lesson}" for lesson in lessons]
+    return "\n".join([instruction, *lines] if instruction else lines)
 
 
 def content(context):
@@ -235,14 +237,17 @@ def fill(system, examples, count_tokens, limit):
     context = Context(system)
     for example in examples:
         longer = Context(system, (*context.examples, example))
-        context = longer if count_tokens(longer) <= limit else context
+        if count_tokens(longer) <= limit:
+            context = longer
     return context
 
 
 def readable(context):
     """The context as lines, for diffs and for people."""
-    turns = [(f"Q: {' '.join(e.question.split())}", f"A: {' | '.join(e.answer.splitlines())}") for e in context.examples]
-    return [*context.system.split("\n"), *(line for turn in turns for line in turn)]
+    lines = context.system.split("\n")
+    for example in context.examples:
+        lines += [f"Q: {' '.join(example.question.split())}", f"A: {' | '.join(example.answer.splitlines())}"]
+    return lines
 
 
 def reflection(context, rollouts):
