@@ -335,12 +335,11 @@ class Search:
         elif rollout.stopped and not MARKUP.search(text := printable(rollout.text)):
             self.solutions[problem.id]["own"] = Example(problem.question, text.strip(), problem.id)
 
-    def measure(self, candidates, problems):
-        """Asks what is not known yet."""
-        self.spend([(c, p) for c in candidates for p in c.scorers(problems) if p.id not in c.scores[self.step]])
+    def unasked(self, candidate, problems):
+        return [p for p in candidate.scorers(problems) if p.id not in candidate.scores[self.step]]
 
-    def missing(self, candidate):
-        return sum(p.id not in candidate.scores[self.step] for p in candidate.scorers(self.anchors))
+    def measure(self, candidates, problems):
+        self.spend([(c, p) for c in candidates for p in self.unasked(c, problems)])
 
     def measure_carried(self):
         """A lone carried prompt is measured on all anchors. Of several, each gets an equal share of two fifths of the budget, and
@@ -547,7 +546,7 @@ class Search:
         able = self.contenders + self.waiting             # to win; others that were asked only fill up
         self.measure(sorted(able, key=self.promise, reverse=True), self.anchors)
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
-        whole = {c: self.missing(c) == 0 for c in mean}
+        whole = {c: not self.unasked(c, self.anchors) for c in mean}
 
         # 1. Level with the best are those within two standard errors, as 0 of 48 is with a lucky 2. Of them the likeliest leads:
         #    likelihood tells few worked examples from many, which so few rewards cannot. Who was not measured on all anchors
