@@ -543,28 +543,30 @@ class Search:
 
     def finish(self, keep):
         """Spends what is left on the most promising of those not yet known in full, and keeps the best that cover the frontier."""
-        able = self.contenders + self.waiting             # to win; others that were asked only fill up
+        able = self.contenders + self.waiting             # accepted or carried; the others only fill empty places
         self.measure(sorted(able, key=self.promise, reverse=True), self.anchors)
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
-        whole = {c: not self.unasked(c, self.anchors) for c in mean}
+        complete = {c for c in mean if not self.unasked(c, self.anchors)}
 
-        # 1. Level with the best are those within two standard errors, as 0 of 48 is with a lucky 2. Of them the likeliest leads:
-        #    likelihood tells few worked examples from many, which so few rewards cannot. Who was not measured on all anchors
-        #    cannot win.
-        top = max((mean[c] for c in able if whole[c]), default=0)
-        level = lambda c: whole[c] and mean[c] >= top - 2 * math.sqrt(top * (1 - top) / len(self.anchors))
-        rank = lambda c: (level(c), sum(self.probe_logprobs[c.context]) if level(c) else 0, mean[c])
+        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Of them the
+        #    likeliest leads: likelihood tells few worked examples from many, which so few rewards cannot. Only a candidate measured
+        #    on all anchors can lead.
+        top = max((mean[c] for c in able if c in complete), default=0)
+        margin = 2 * math.sqrt(top * (1 - top) / len(self.anchors))
+        level = {c for c in complete if mean[c] >= top - margin}
+        rank = lambda c: (c in level, sum(self.probe_logprobs[c.context]) if c in level else 0, mean[c])
 
-        # 2. A prompt less than half as good as the best would only take rollouts from it: its place goes to a better one, if
-        #    need be twice. Of the others the cover, of estimates: a single 0 or 1 is drawn towards the candidate's mean as if by
-        #    two more.
+        # 2. A prompt less than half as good as the best would waste the rollouts that it gets: a better one takes its place, even a
+        #    second time. Among the others `cover` goes by estimates: a single 0 or 1, drawn towards the candidate's mean as if by
+        #    two more problems.
         half = max(mean[c] for c in able) / 2
-        good = [c for c in mean if level(c) or mean[c] >= half]
+        good = [c for c in mean if c in level or mean[c] >= half]
         pool = [c for c in good if c in able]
         estimates = [[(c.scores[self.step].get(p.id, mean[c]) + 2 * mean[c]) / 3 for p in self.anchors] for c in pool]
-        kept = [pool[i] for i in cover(estimates, list(map(rank, pool)), [self.count_tokens(c.context) for c in pool], keep)]
+        lengths = [self.count_tokens(c.context) for c in pool]
+        kept = [pool[i] for i in cover(estimates, [rank(c) for c in pool], lengths, keep)]
 
-        # 3. Where those are fewer than K: the best of the others that were asked, then repeats.
+        # 3. If those are fewer than `keep`: the best of the others that were asked, then repeats.
         kept += [c for c in sorted(good, key=mean.get, reverse=True) if c not in kept][:keep - len(kept)]
         kept += [kept[i % len(kept)] for i in range(keep - len(kept))]
         self.population.candidates = kept
