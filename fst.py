@@ -397,15 +397,17 @@ def kl_k3(logprobs, other):
 
 
 def schedule(config):
-    """The run as a list of (phase, task's index, number): ("fast", i, cycle) or ("slow", i, step), all methods alike.
+    """The run as a list of (phase, task's index, number): ("fast", i, cycle) or ("slow", i, step).
 
     Every method draws the same problems in the same order, and those with both channels spend the same budget on each."""
     phases = []
     for i in range(len(config.task.split(","))):
         slow = [("slow", i, step) for step in range(config.steps)]
         fast = [("fast", i, cycle) for cycle in range(math.ceil(config.steps / config.cycle))]
-        turns = [phase for cycle in fast for phase in (cycle, *(slow[step] for step in steps_of(config, cycle[2])))]
-        phases += {"rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.get(config.method, turns)
+        in_turn = []                                      # fst and distill: each fast phase before the steps of its cycle
+        for cycle, phase in enumerate(fast):
+            in_turn += [phase, *slow[cycle * config.cycle:(cycle + 1) * config.cycle]]
+        phases += {"rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.get(config.method, in_turn)
     return phases
 
 
@@ -655,9 +657,10 @@ class Run:
 
     def steps_done(self):
         """Slow steps behind us; where there are none (gepa), the steps whose problems the fast phases have seen."""
-        c = self.config
         behind = self.phases[:self.done]
-        return sum(len(steps_of(c, i)) if c.method == "gepa" else kind == "slow" for kind, _, i in behind)
+        if self.config.method == "gepa":
+            return sum(len(steps_of(self.config, cycle)) for _, _, cycle in behind)
+        return sum(kind == "slow" for kind, _, _ in behind)
 
     def evaluate(self, task, split, count):
         """Accuracy with the best prompt and with the seed prompt, greedy and sampled at temperature 1, on the same problems for
