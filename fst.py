@@ -526,9 +526,11 @@ class Run:
                 "tokens_per_second": tokens / max(sampled - start, 1e-9)}
 
     def reinforce(self, rollouts, rewards):
-        c = self.config
-        scaled = advantages(rewards) if c.loss != "dr_grpo" else rewards - rewards.mean(1, keepdim=True)
-        signal = advantages(rewards).any(1)                                       # [problems]; flat groups are dropped
+        """The update of every method but distill. rewards [problems, group], of the rollouts in their order."""
+        c, scaled = self.config, advantages(rewards)
+        signal = scaled.any(1)                                                    # [problems]; flat groups are dropped
+        if c.loss == "dr_grpo":
+            scaled = rewards - rewards.mean(1, keepdim=True)
         rollouts = [r for r, kept in zip(rollouts, signal.repeat_interleave(c.group).tolist()) if kept]
         scaled, lengths = scaled[signal].flatten().tolist(), [len(r.tokens) for r in rollouts]
         groups = [lengths[i:i + c.group] for i in range(0, len(lengths), c.group)]
@@ -537,8 +539,8 @@ class Run:
         # and the base model has one context to read, not K.
         K = len(self.population.contexts)
         drawn = random.Random(f"{c.seed} {self.steps_done()}").randrange(K)
-        under = lambda i: i % c.group // (c.group // K)                           # the number of rollout i's prompt
-        judged = [i for i in range(len(rollouts)) if c.kl and under(i) == drawn]
+        share = c.group // K                                                      # rollouts of a group under each prompt
+        judged = [i for i in range(len(rollouts)) if c.kl and i % c.group // share == drawn]
         rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in judged]
         reference = dict(zip(judged, score_all(self.base, rows, c.temperature, self.micro_batch)))
 
