@@ -544,8 +544,8 @@ class Run:
         rows = [(rollouts[i].prompt, rollouts[i].tokens) for i in judged]
         reference = dict(zip(judged, score_all(self.base, rows, c.temperature, self.micro_batch)))
 
-        def loss(logprobs, mu, i):                        # of rollout i, summed over its tokens
-            out = token_loss(c.loss, logprobs, mu, scaled[i], c.cap)
+        def loss(logprobs, behaviour, i):                 # of rollout i, summed over its tokens
+            out = token_loss(c.loss, logprobs, behaviour, scaled[i], c.cap)
             if i in reference:
                 # The gradient of a token's KL(pi || base), its prefix given, is E[(log pi - log base) grad log pi], that of half the
                 # squared difference; k3's is another. That a token also changes what follows is left out (arXiv 2506.09477).
@@ -566,28 +566,32 @@ class Run:
 
     def descend(self, rollouts, loss, reference):
         """Sums the gradient of `loss` over all rollouts, micro-batch by micro-batch, and takes one step; without a rollout nothing
-        moves, not even Adam's moments. reference: rollout -> log-probs of the base model or of distill's teacher, for the log."""
+        moves, not even Adam's moments. loss(log-probs, the sampler's log-probs, i) is that of rollout i; reference: i -> its
+        log-probs under the base model or distill's teacher, for the log."""
         if not rollouts:
             return {"trained_rows": 0, "updates": self.learner.updates}
         c, sums = self.config, dict.fromkeys(("loss", "entropy", "kl_sampler", "capped", "kl_reference"), 0.0)
         rows, lengths = [(r.prompt, r.tokens) for r in rollouts], [len(r.tokens) for r in rollouts]
         for batch in micro_batches(rows, self.micro_batch):
             logprobs, entropies = score(self.model, [rows[i] for i in batch], c.temperature)
-            mu = torch.tensor([x for i in batch for x in rollouts[i].logprobs]).to(logprobs.device, non_blocking=True)
-            parts, behaviour = (x.split([lengths[i] for i in batch]) for x in (logprobs, mu))
-            total = sum(map(loss, parts, behaviour, batch))
+            behaviour = torch.tensor([x for i in batch for x in rollouts[i].logprobs]).to(logprobs.device, non_blocking=True)
+            sizes = [lengths[i] for i in batch]
+            parts = logprobs.split(sizes)                                     # [tokens] of each rollout
+            total = sum(map(loss, parts, behaviour.split(sizes), batch))
             total.backward()
             logprobs = logprobs.detach()
             sums["loss"] += total.detach().double()                           # not .item(): that would wait for the device
             sums["entropy"] += entropies.sum().double()
-            sums["kl_sampler"] += kl_k3(mu, logprobs).sum()                   # samples of mu: KL(mu || pi)
-            ratio, (low, high) = (logprobs - mu).exp(), LOSSES[c.loss]
+            sums["kl_sampler"] += kl_k3(behaviour, logprobs).sum()            # sampled from mu: KL(mu || pi)
+            ratio, (low, high) = (logprobs - behaviour).exp(), LOSSES[c.loss]
             sums["capped"] += ((ratio < low) | (ratio > (high or c.cap))).sum()
             for part, i in zip(parts, batch):
                 if i in reference:
                     sums["kl_reference"] += kl_k3(part.detach(), reference[i]).sum()
-        counts = dict.fromkeys(sums, sum(lengths)) | {"loss": 1, "kl_reference": sum(lengths[i] for i in reference)}
-        row = {key: float(value) / counts[key] for key, value in sums.items() if counts[key]}
+        row = {"loss": float(sums["loss"])}
+        row |= {key: float(sums[key]) / sum(lengths) for key in ("entropy", "kl_sampler", "capped")}
+        if reference:
+            row["kl_reference"] = float(sums["kl_reference"]) / sum(lengths[i] for i in reference)
         row |= {"gradient_norm": self.learner.clip(c.clip), "lr": self.learner.rate()}
         bad = [key.replace("_", " ") for key in ("loss", "gradient_norm") if not math.isfinite(row[key])]
         if bad:                                           # no update is better than a ruined one
