@@ -32,6 +32,7 @@ import signal
 import sys
 import time
 import timeit
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -339,13 +340,16 @@ class Learner:
 def micro_batches(rows, limit):
     """Indices of rows (prompt, tokens) in batches of about `limit` tokens. Rows under one context stay together while they fit,
     so that its tokens are run once; where they do not, they are split evenly."""
-    under, batches, room = {}, [], 0                      # prompt -> its rows
-    for i, (prompt, _) in enumerate(rows):
-        under.setdefault(tuple(prompt), []).append(i)
-    prompts = sorted(under)
+    under = defaultdict(list)                             # prompt -> its rows, short ones first
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i][1])):
+        under[tuple(rows[i][0])].append(i)
+    prompts, batches, room = sorted(under), [], 0         # room: tokens that the last batch may still take
     for start, stop, prefix in prefix_runs(prompts):
-        costs = [(i, len(rows[i][1]) + (len(prompt) - prefix) * (n == 0)) for prompt in prompts[start:stop]
-                 for n, i in enumerate(sorted(under[prompt], key=lambda i: len(rows[i][1])))]
+        costs = []                                        # (row, tokens that it adds to a batch)
+        for prompt in prompts[start:stop]:
+            first, *others = under[prompt]                # the first also brings what the prompt does not share
+            costs.append((first, len(prompt) - prefix + len(rows[first][1])))
+            costs += [(i, len(rows[i][1])) for i in others]
         total = sum(cost for _, cost in costs)
         pieces, done = 1, 0                               # into the last batch, or into so many new ones
         if prefix + total > room:
