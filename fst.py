@@ -448,8 +448,8 @@ class Run:
             raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
         self.prompt_tokens = None if trained else self.longest_context()
         weights = {} if trained else dict(self.model.named_parameters())
-        self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks]), [], None),
-                       f"the model {c.model}": digest("", sorted(weights), weights.get)}      # what a resumed run must find unchanged
+        self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks])),
+                       f"the model {c.model}": digest("", sorted(weights.items()))}      # what a resumed run must find unchanged
         learning = not trained and c.method != "gepa"
         self.base = copy.deepcopy(self.model).requires_grad_(False) if learning else self.model
         if trained:
@@ -729,15 +729,15 @@ class Run:
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "state.safetensors"
         text = json.dumps(state)
-        about = {"run": text, "sha256": digest(text, sorted(tensors), tensors.get)}
+        about = {"run": text, "sha256": digest(text, sorted(tensors.items()))}
         replace_file(path, lambda temporary: save_file(tensors, temporary, about))
 
     def restore(self):
         path = self.folder / "state" / "state.safetensors"
         try:
             with safe_open(path, "pt") as file:
-                text, names = file.metadata()["run"], sorted(file.keys())
-                if file.metadata()["sha256"] != digest(text, names, file.get_tensor):
+                text, tensors = file.metadata()["run"], ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+                if file.metadata()["sha256"] != digest(text, tensors):
                     raise ValueError("its checksum is wrong")
                 state = json.loads(text)
                 origin, population = state["origin"], reflect.Population.from_json(state["population"])
@@ -835,12 +835,12 @@ def write_text(path, text):
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def digest(text, names, read):
-    """sha256 of a saved state: its text, then its tensors' names and bytes."""
+def digest(text, tensors=()):
+    """sha256 of a text and of tensors, an iterable of (name, tensor): a saved state is read one tensor at a time."""
     out = hashlib.sha256(text.encode())
-    for name in names:
+    for name, tensor in tensors:
         out.update(name.encode())
-        out.update(read(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        out.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return out.hexdigest()
 
 

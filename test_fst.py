@@ -2519,7 +2519,7 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
         run, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}
     del run["origin"]
     text = json.dumps(run)
-    safetensors.torch.save_file(tensors, state, {"run": text, "sha256": fst.digest(text, sorted(tensors), tensors.get)})
+    safetensors.torch.save_file(tensors, state, {"run": text, "sha256": fst.digest(text, sorted(tensors.items()))})
     assert "'origin'" in one_sentence(run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False))
     assert what_counts(tmp_path / "run") == before
 
