@@ -691,13 +691,15 @@ class Run:
                 answers[model] = dict(zip(distinct, examine(sampler, self.tasks[task], distinct, problems, c.eval_samples,
                                                             c.max_new_tokens, (c.seed, task, 2), "evaluate")))
             for name, context in contexts.items():
-                rewards = np.array([[r.reward for r in rollouts] for rollouts in answers[model][context]])
+                rewards = np.array([[r.reward for r in rollouts] for rollouts in answers[model][context]])  # [problems, answers]
                 for key, values in (("greedy", rewards[:, 0]), ("mean", rewards[:, 1:].mean(1))):      # [problems]
                     row |= {f"{prefix}{name}{key}": values.mean(),
                             f"{prefix}{name}{key}_interval": wilson(values.sum(), len(problems))}
-        moved = {context: drift(self.model, self.base, [r for _, r, *_ in under[::2]], self.micro_batch)
-                 for context, under in answers[self.model].items()}       # of every second problem a sampled answer
-        row |= {f"{name}kl_base": moved[context] for name, context in contexts.items()}
+        kl_base = {}
+        for context, rollouts in answers[self.model].items():
+            sampled = [answer for _, answer, *_ in rollouts[::2]]         # the first sampled answer to every second problem
+            kl_base[context] = drift(self.model, self.base, sampled, self.micro_batch)
+        row |= {f"{name}kl_base": kl_base[context] for name, context in contexts.items()}
         row["seconds"] = time.perf_counter() - start
         return row
 
@@ -745,10 +747,13 @@ class Run:
                     self.learner.restore(file.get_tensor, state["updates"])
         except Exception as error:      # safetensors and json raise their own kinds for a damaged file; of another version: KeyError
             raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
-        saved = lambda name, length: length_and_digest((self.folder / name).read_bytes()[:length])
-        changed = [self.folder / name for name, before in state["journals"].items() if saved(name, before[0]) != tuple(before)]
+        changed = []
+        for name, (length, sha256) in state["journals"].items():
+            if length_and_digest((self.folder / name).read_bytes()[:length]) != (length, sha256):
+                changed.append(self.folder / name)
         kept = lambda settings: {name: value for name, value in settings.items() if name not in MEMORY_FLAGS}
-        changed += [self.folder / "config.json"] * (kept(state["config"]) != kept(vars(self.config)))
+        if kept(state["config"]) != kept(vars(self.config)):
+            changed.append(self.folder / "config.json")
         changed += [what for what, before in origin.items() if self.origin[what] != before]
         if changed:
             raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
