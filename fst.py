@@ -116,6 +116,8 @@ class Config:
     out: str = setting("", "the run's folder; empty: runs/TASK-METHOD-SEED")
 
 
+FLAGS = [field for field in dataclasses.fields(Config) if field.metadata]
+
 # What the fields above that are None become on each kind of device, where no flag says it.
 ON_CPU = dict(steps=24, batch=8, group=12, prompts=2, max_new_tokens=128, slots=128, micro_batch=0, prompt_tokens=1024,
               reflection_tokens=96, eval_problems=64, eval_samples=1, memory=8.0)
@@ -162,7 +164,7 @@ def resolve(config):
         c.model, c.why_model = choose_model(c)
     c.why_model = c.why_model or "as asked"
     c.out = c.out or f"runs/{c.task.translate(str.maketrans(':/,', '--+'))}-{c.method}-{c.seed}"
-    for name in [field.name for field in dataclasses.fields(Config) if field.type is not str]:
+    for name in [field.name for field in FLAGS if field.type is not str]:
         value, most = getattr(c, name), LIMITS.get(name, MOST)
         if not (value > 0 or value == 0 and name in MAY_BE_ZERO):
             raise ValueError(f"{flag(name)} must {'not be negative' if name in MAY_BE_ZERO else 'be above 0'}, and is {value}")
@@ -971,7 +973,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
+    for field in FLAGS:
         kind = token_limit if field.name == "micro_batch" else field.type
         default = "see --check" if field.default is None else field.default
         text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
@@ -1044,7 +1046,7 @@ def check(config):
     """What a run would be: every setting with where its default comes from, and the rollouts, memory and time it may take."""
     c = resolve(config)
     tasks_of(c)                                           # refused here, as the run would be
-    for field in filter(lambda field: field.metadata, dataclasses.fields(Config)):
+    for field in FLAGS:
         value, source = getattr(c, field.name), field.metadata["source"]
         print(f"{field.name:18} {value!s:28} {'as asked' if getattr(config, field.name) != field.default else source}")
     print(f"{'why this model':18} {c.why_model}")
@@ -1103,12 +1105,12 @@ def main(argv=None):
     handlers = {}
     try:
         config, actions = parse(argv)
-        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default}
+        given = {field.name: getattr(config, field.name) for field in FLAGS if getattr(config, field.name) != field.default}
         for action in ("eval", "plot", "show_prompts"):
-            vain = given.keys() - (EVAL_FLAGS if action == "eval" else set())
-            vain |= {name for name in actions if actions[name] and name != action}
-            if actions[action] and vain:
-                raise ValueError(f"{', '.join(map(flag, sorted(vain)))} does not go with {flag(action)}")
+            unused = given.keys() - (EVAL_FLAGS if action == "eval" else set())
+            unused |= {name for name in actions if actions[name] and name != action}
+            if actions[action] and unused:
+                raise ValueError(f"{', '.join(map(flag, sorted(unused)))} does not go with {flag(action)}")
         if actions["plot"]:
             plot(actions["plot"], Path(actions["plot"][0]) / "curves.png")
             print(f"drawn: {Path(actions['plot'][0]) / 'curves.png'}")
