@@ -898,17 +898,17 @@ GAINS = {"base_seed_mean": "neither", "seed_mean": "weights alone", "base_mean":
 
 
 def read_points(folder):
-    """The numbers that `plot` draws: a run's evaluations on val, task by task, and on test; its steps."""
-    with reading(Path(folder) / "metrics.jsonl"):
-        rows = read_rows(Path(folder) / "metrics.jsonl")
-        evals, steps = ([row for row in rows if row["kind"] == kind] for kind in ("eval", "step"))
-        pick = lambda rows, *keys: [{key: float(row.get(key, math.nan)) for key in keys} for row in rows if keys[-1] in row]
-        keys, by_task = ("step", "rollouts", "kl_base", "seed_kl_base", "mean", "seed_mean"), {row["task"]: [] for row in evals}
-        for row in evals:
-            by_task[row["task"]] += [row] * (row["split"] == "val")
-        return ([pick(rows, *keys) for rows in by_task.values()],
-                pick([row for row in evals if row["split"] == "test"], *GAINS),
-                pick(steps, "step", "reward"), pick(steps, "step", "entropy"))
+    """What `plot` draws of a run: rows of evaluations on val (a list for each task), of evaluations on test, of slow steps."""
+    path = Path(folder) / "metrics.jsonl"
+    with reading(path):
+        evals, tests, steps = defaultdict(list), [], []
+        for row in read_rows(path):
+            numbers = {key: float(value) for key, value in row.items() if isinstance(value, (int, float))}
+            if row["kind"] == "step":
+                steps.append(numbers)
+            elif row["kind"] == "eval":
+                (tests if row["split"] == "test" else evals[row["task"]]).append(numbers)
+        return list(evals.values()), tests, steps
 
 
 def plot(folders, path):
@@ -919,23 +919,27 @@ def plot(folders, path):
     figure, axes = pyplot.subplots(2, 3, figsize=(16, 8), layout="constrained")
     by_step, by_rollouts, by_drift, reward, entropy, gains = axes.flat
     width = 0.8 / len(folders)
+
+    def line(axis, rows, x, y, *style, **more):           # through the rows that have both
+        rows = [row for row in rows if x in row and y in row]
+        axis.plot([row[x] for row in rows], [row[y] for row in rows], *style, **more)
+
     for i, folder in enumerate(folders):
-        evals, tests, rewards, entropies = read_points(folder)
+        evals, tests, steps = read_points(folder)
         colour, name = f"C{i % 10}", Path(folder).name.replace("$", r"\$")
-        for axis, *xs in ((by_step, "step", "step"), (by_rollouts, "rollouts", "rollouts"), (by_drift, "kl_base", "seed_kl_base")):
-            for x, y, style, alpha, label in zip(xs, ("mean", "seed_mean"), ("o-", "o:"), (1, 0.5), (name, f"{name}, seed prompt")):
-                for task in evals:
-                    axis.plot([row[x] for row in task], [row[y] for row in task], style, color=colour, alpha=alpha, label=label)
-                    label = None                          # one for all tasks
-        for axis, y, rows in ((reward, "reward", rewards), (entropy, "entropy", entropies)):
-            axis.plot([row["step"] for row in rows], [row[y] for row in rows], color=colour)
+        for prefix, style, alpha, label in (("", "o-", 1, name), ("seed_", "o:", 0.5, f"{name}, seed prompt")):
+            for axis, x in ((by_step, "step"), (by_rollouts, "rollouts"), (by_drift, f"{prefix}kl_base")):
+                for n, rows in enumerate(evals):          # one label for all tasks
+                    line(axis, rows, x, f"{prefix}mean", style, color=colour, alpha=alpha, label=None if n else label)
+        line(reward, steps, "step", "reward", color=colour)
+        line(entropy, steps, "step", "entropy", color=colour)
         for row in tests:                                 # one per task
             places = [k + (i + 0.5) * width - 0.4 for k in range(len(GAINS))]
-            gains.bar(places, row.values(), width, color=colour, alpha=1 / len(tests))
-    accuracy, steps = "validation accuracy, sampled", "slow steps"
-    for axis, x, y in ((by_step, steps, accuracy), (by_rollouts, "rollouts of both channels", accuracy),
+            gains.bar(places, [row.get(key, math.nan) for key in GAINS], width, color=colour, alpha=1 / len(tests))
+    accuracy = "validation accuracy, sampled"
+    for axis, x, y in ((by_step, "slow steps", accuracy), (by_rollouts, "rollouts of both channels", accuracy),
                        (by_drift, "KL to the base model, nats a token", accuracy),
-                       (reward, steps, "reward of the training rollouts"), (entropy, steps, "entropy, nats a token"),
+                       (reward, "slow steps", "reward of the training rollouts"), (entropy, "slow steps", "entropy, nats a token"),
                        (gains, "who gained what", "test accuracy, sampled")):
         axis.set(xlabel=x, ylabel=y, ylim=None if axis is entropy else (0, 1))
         axis.grid(alpha=0.3)
