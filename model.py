@@ -260,23 +260,25 @@ class Layout:
     `paths[i]`: where the tokens from the root to the end of segment i lie in the flat list."""
 
     def __init__(self, segments, device):
-        start, depth, above, own, self.paths = 0, [], [], [], []
-        # Rows are padded to the longest of their class, and a class spans a factor of two.
+        flat, positions, depth, above, own, self.paths = [], [], [], [], [], []
+        # Segments of one depth and of similar length are attended together, in a rectangle of rows padded to the longest: the
+        # lengths in it differ by less than a factor of two.
         classes = defaultdict(lambda: defaultdict(list))      # depth, bits of length -> parent (a root: itself) -> segments
         for i, (tokens, parent) in enumerate(segments):
             depth.append(0 if parent is None else depth[parent] + 1)
-            above.append([] if parent is None else self.paths[parent])                        # where what stands before it lies,
-            own.append(range(start, start := start + len(tokens)))                            # and where it lies itself
+            above.append([] if parent is None else self.paths[parent])                        # where its ancestors' tokens lie
+            own.append(range(len(flat), len(flat) + len(tokens)))                             # where its own lie
             self.paths.append([*above[i], *own[i]])
+            flat += tokens
+            positions += range(len(above[i]), len(self.paths[i]))
             classes[depth[i], len(tokens).bit_length()][i if parent is None else parent].append(i)
-        self.tokens = torch.tensor([t for tokens, _ in segments for t in tokens], device=device)
-        self.positions = torch.tensor([t for before, path in zip(above, self.paths) for t in range(len(before), len(path))], device=device)
-        self.levels, offset = [], 0
-        place = [0] * start                              # where in the levels' padded rows, one after another, a token lies
+        self.tokens, self.positions = torch.tensor(flat, device=device), torch.tensor(positions, device=device)
+        self.rectangles, offset = [], 0
+        place = [0] * len(flat)                               # where in the rectangles' cells, one after another, a token lies
         for _, families in sorted(classes.items()):
-            P, S = len(families), max(map(len, families.values()))
-            L = aligned(max(len(own[i]) for family in families.values() for i in family), device)
-            far = aligned(max(len(above[family[0]]) for family in families.values()), device)
+            P, S = len(families), max(map(len, families.values()))                                    # prefixes, rows under each
+            L = aligned(max(len(own[i]) for family in families.values() for i in family), device)     # tokens of a row
+            far = aligned(max(len(above[family[0]]) for family in families.values()), device)         # tokens of a prefix
             rows = torch.zeros(P, S, L, dtype=torch.long)           # padding reads token 0, and nobody reads its output
             shared = torch.zeros(P, far, dtype=torch.long)
             unseen = torch.ones(P, far, dtype=torch.bool)
@@ -289,16 +291,16 @@ class Layout:
                     rows[p, s, :len(own[i])] = torch.tensor(own[i])
                     place[own[i].start:own[i].stop] = range(cell, cell + len(own[i]))
             unseen = unseen if (unseen != unseen[:1]).any() else unseen[:1]       # one mask serves for all, uncopied
-            self.levels.append((rows.to(device), shared.to(device), unseen.to(device)))
+            self.rectangles.append((rows.to(device), shared.to(device), unseen.to(device)))
             offset += P * S * L
         self.place = torch.tensor(place, device=device)
 
     def attend(self, _, q, k, v):
         # recomputed, as the scores would be most of what is kept
-        outputs = [recomputed(self.attend_level, q, k, v, *level).flatten(0, 2) for level in self.levels]
+        outputs = [recomputed(self.attend_rectangle, q, k, v, *rectangle).flatten(0, 2) for rectangle in self.rectangles]
         return torch.cat(outputs).index_select(0, self.place)                                 # [tokens, heads * head_dim]
 
-    def attend_level(self, q, k, v, rows, shared, unseen):
+    def attend_rectangle(self, q, k, v, rows, shared, unseen):
         """rows [P, S, L], shared [P, far], unseen [P or 1, far] -> [P, S, L, heads * head_dim]. Of a prefix up to four times
         as long as they are rows get copies of its keys: one product over all keys, and its gradient, is faster than two over parts."""
         (S, L), far, group = rows.shape[1:], shared.shape[1], q.shape[1] // k.shape[1]
