@@ -108,8 +108,10 @@ def same_answer(reference, given, fold_case=True):
 class Task:
     """Problems in three splits that share no question, and their grader. A task has a `name`, and `rows(argument, level, data)` gives
     {"train", "val", "test": [(question, answer, or also its solution)]}."""
-    argument, levels = "", 1                        # what follows the name, such as ":FILE"; the highest --level
-    asked, fold_case = "the answer and nothing else", True      # what is to follow "####"; whether A is as good as a there
+    argument = ""                                   # what follows the name, such as ":FILE"
+    levels = 1                                      # the highest --level
+    asked = "the answer and nothing else"           # what is to follow "####", for the feedback
+    fold_case = True                                # whether A is as good as a there
     seed_prompt = "You are a helpful assistant."
 
     def __init__(self, argument="", level=1, data=None):
@@ -117,14 +119,17 @@ class Task:
             raise ValueError(f"task {self.name} has no level {level}: its highest is {self.levels}")
         self.name += f":{Path(argument).stem}" * bool(argument)
         label = self.name + (f"-{level}" if self.levels > 1 else "")
-        rows, kept = self.rows(argument, level, data), {}
+        rows, questions = self.rows(argument, level, data), set()
+        self.splits = {split: [] for split in rows}
         for split in ("test", "val", "train"):          # a question that is in several stays in the first of these
             for i, row in enumerate(rows[split]):
-                kept.setdefault(" ".join(row[0].split()), (split, Problem(f"{label}/{split}/{i}", *row)))
-        self.splits = {split: [problem for home, problem in kept.values() if home == split] for split in rows}
+                question = " ".join(row[0].split())
+                if question not in questions:
+                    self.splits[split].append(Problem(f"{label}/{split}/{i}", *row))
+                questions.add(question)
         if not all(self.splits.values()):
             raise ValueError(f"task {label} has too few problems (with an answer of one line) for three splits")
-        if repeated := sum(map(len, rows.values())) - len(kept):
+        if repeated := sum(map(len, rows.values())) - len(questions):
             print(f"task {label}: dropped {repeated} repeated questions", file=sys.stderr)
 
     def problems(self, split):
