@@ -644,8 +644,8 @@ class Run:
             room = self.model.config.context - c.reflection_tokens
             prompts = [self.tokenizer.chat(chat)[-room:] for chat in chats]               # too long a chat loses its beginning
             replies = reflector.generate(prompts, c.reflection_tokens, 1.0, (c.seed, task, 4, cycle, seed), "reflect")
-            self.spent["fast_tokens"] += sum(len(r.tokens) for r in replies)
-            return [(self.tokenizer.decode(r.tokens[:len(r.tokens) - r.stopped]), r.stopped) for r in replies]
+            self.spent["fast_tokens"] += sum(len(reply.tokens) for reply in replies)
+            return [(self.tokenizer.decode(reply.answer), reply.stopped) for reply in replies]
 
         def likelihood(answers):
             rows = [(tuple(self.tokenizer.chat(context.messages(problem.question))),

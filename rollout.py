@@ -406,6 +406,11 @@ class Completion:
     logprobs: list[float]     # of each token, nats, at the sampling temperature (at 1 where that is 0)
     stopped: bool             # ended by a stop token; False: cut off at the limit
 
+    @property
+    def answer(self):
+        """The tokens without the stop token: what is decoded."""
+        return self.tokens[:-1] if self.stopped else self.tokens
+
 
 def pick(logits, uniform, temperature, greedy=None):
     """One token per row by inverting the cumulative distribution at `uniform` in [0, 1), or the most likely one where `greedy`.
@@ -730,7 +735,7 @@ def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=N
     completions = sampler.generate([prompts[job] for job in jobs], max_new_tokens, temperature, seed, progress, greedy)
     rollouts = []
     for (context, problem), completion in zip(jobs, completions):
-        text = sampler.tokenizer.decode(completion.tokens[:len(completion.tokens) - completion.stopped])
+        text = sampler.tokenizer.decode(completion.answer)
         grade = task.grade(problem, text, completion.stopped)
         rollouts.append(Rollout(problem, context, prompts[context, problem], completion.tokens, completion.logprobs, text,
                                 completion.stopped, grade.reward, grade.feedback))

@@ -61,7 +61,7 @@ class Adapter:
         ids = tokenizer.chat([{"role": "user", "content": prompt}])[-(self.run.model.config.context - c.reflection_tokens):]
         reply, = self.run.sampler.generate([ids], c.reflection_tokens, 1.0, (c.seed, 0, 6, self.calls))
         self.tokens += len(reply.tokens)
-        return tokenizer.decode(reply.tokens[:len(reply.tokens) - reply.stopped])
+        return tokenizer.decode(reply.answer)
 
     def log(self, message):
         """gepa's logger: silent."""
