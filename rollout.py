@@ -777,8 +777,9 @@ def score(model, rows, temperature=1.0):
 def divergence(model, other, rows):
     """rows as above -> KL(model || other) of the token after each prefix of the answers, exact over the vocabulary:
     sum_v p(v) (log p(v) - log q(v)), [all rows' tokens], nats."""
-    parts = []
-    for states in zip(*(answer_states(m, rows)[0].split(64) for m in (model, other))):
-        log_p, log_q = (F.linear(h, m.output_weight()).float().log_softmax(-1) for h, m in zip(states, (model, other)))
+    (states, _), (other_states, _), parts = answer_states(model, rows), answer_states(other, rows), []
+    for h, other_h in zip(states.split(64), other_states.split(64)):      # the logits of so many tokens exist at a time
+        log_p = F.linear(h, model.output_weight()).float().log_softmax(-1)                    # [64, vocab]
+        log_q = F.linear(other_h, other.output_weight()).float().log_softmax(-1)
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(parts)
