@@ -476,20 +476,29 @@ def prefix_segments(prompts):
 
 
 class Block:
-    """Rows that were admitted together, with their keys and values: P prefixes, up to S rows under each. A row's own part of
-    the cache holds the rest of its prompt, moved to the right so that all rows write their next token in the same column."""
+    """Rows that were admitted together, with their keys and values: P prefixes, up to S rows under each. The columns of a row:
+
+        shared, one copy for all rows of a prefix  |  the row's own
+        prefix [far]                               |  rest of its prompt [near], moved to the right  |  new tokens  |  room for more
+
+    The rest of the prompt stands at the right so that all rows write their next token in the same column. A column without a token
+    has -inf in the mask."""
 
     def __init__(self, runs, paths, cache):
         """runs: list of (rows, the length of the prefix that they share); paths: row -> where its prompt's tokens lie in the
         prefill's `cache`, a list of (k, v) [tokens, kv_heads, head_dim] per layer."""
         rows, device = [row for run, _ in runs for row in run], cache[0][0].device
-        S, far = max(len(run) for run, _ in runs), aligned(max(prefix for _, prefix in runs), device)
+        P, S = len(runs), max(len(run) for run, _ in runs)
+        far = aligned(max(prefix for _, prefix in runs), device)
         near = aligned(max(len(paths[row]) - prefix for run, prefix in runs for row in run), device)
-        none = lambda n: [-1] * n                         # n places without a token
-        shared = [paths[run[0]][:prefix] + none(far - prefix) for run, prefix in runs]        # [P, far]
-        own = [[none(near - len(paths[row]) + prefix) + paths[row][prefix:] for row in run] + [none(near)] * (S - len(run))
-               for run, prefix in runs]                                                       # [P, S, near]
-        shared, own = (torch.tensor(x, dtype=torch.long, device=device) for x in (shared, own))
+        shared = torch.full((P, far), -1)                                                     # where in the prefill; -1: no token
+        own = torch.full((P, S, near), -1)
+        for p, (run, prefix) in enumerate(runs):
+            shared[p, :prefix] = torch.tensor(paths[run[0]][:prefix])
+            for s, row in enumerate(run):
+                rest = paths[row][prefix:]
+                own[p, s, near - len(rest):] = torch.tensor(rest)
+        shared, own = shared.to(device), own.to(device)
         unseen = lambda x: cache[0][0].new_zeros(x.shape).masked_fill_(x < 0, -torch.inf)
         self.mask, shared_mask = unseen(own)[:, None, :, None], unseen(shared)[:, None]       # [P, 1, S, 1, near], [P, 1, far]
         shared, own = shared.clamp(min=0), own.clamp(min=0)
@@ -499,9 +508,9 @@ class Block:
         self.row = torch.tensor(rows, device=device)                                          # [live]
         self.slot = torch.tensor([p * S + s for p, (run, _) in enumerate(runs) for s in range(len(run))], device=device)     # [live]
         self.prompt = torch.tensor([len(paths[row]) for row in rows], device=device)          # [live], in tokens
-        self.new = torch.zeros(1, dtype=torch.long, device=device)                            # number of tokens sampled so far
-        self.count, self.near = 0, near                                                       # count: new, known to the CPU
-        self.first = rows[0]                                                                  # which no other block of the call has
+        self.new = torch.zeros(1, dtype=torch.long, device=device)      # tokens sampled so far, where a CUDA graph can count them
+        self.count, self.near = 0, near                                 # count: the same number, known without asking the device
+        self.first = rows[0]                                            # names the block: no other one of this call has that row
 
     def keep(self, alive):
         """Rows where alive [live] is False leave the linear layers now, and the cache when it next grows."""
