@@ -58,6 +58,7 @@ REFUSALS = 5              # updates in a row that are not finite before the run 
 LEAST_MICRO_BATCH = 64    # tokens
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning
+SLOW, EVALUATE, EVOLVE, REFLECT = 1, 2, 3, 4      # in the seeds of the sampler: each purpose has random numbers of its own
 MEMORY_FLAGS = {"micro_batch", "slots", "memory"}         # may be others when a run is resumed: they change results by rounding alone
 EVAL_FLAGS = {"device", "slots", "micro_batch", "eval_problems", "eval_samples"}      # settings of a run that --eval may override
 MOST = 1_000_000          # of anything but these: a configuration may come from a stranger
@@ -508,7 +509,7 @@ class Run:
         shared = [context for context in contexts for _ in range(c.group // len(contexts))]      # [group]: G / K samples under each
         student = Context(self.tasks[task].seed_prompt)   # all that distill's student is given
         jobs = [(student if c.method == "distill" else context, problem) for problem in problems for context in shared]
-        rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, 1, step), "sample")
+        rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, SLOW, step), "sample")
         self.population.record(rollouts, self.learner.updates)
         return_freed_memory()                             # training wants blocks of other sizes
         sampled = time.perf_counter()
@@ -636,14 +637,14 @@ class Run:
 
         def ask_all(jobs, seed):
             rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature,
-                           (c.seed, task, 3, cycle, seed), "evolve")
+                           (c.seed, task, EVOLVE, cycle, seed), "evolve")
             self.spent["fast_tokens"] += sum(len(r.tokens) for r in rollouts)
             return rollouts
 
         def write(chats, seed):
             room = self.model.config.context - c.reflection_tokens
             prompts = [self.tokenizer.chat(chat)[-room:] for chat in chats]               # too long a chat loses its beginning
-            replies = reflector.generate(prompts, c.reflection_tokens, 1.0, (c.seed, task, 4, cycle, seed), "reflect")
+            replies = reflector.generate(prompts, c.reflection_tokens, 1.0, (c.seed, task, REFLECT, cycle, seed), "reflect")
             self.spent["fast_tokens"] += sum(len(reply.tokens) for reply in replies)
             return [(self.tokenizer.decode(reply.answer), reply.stopped) for reply in replies]
 
@@ -691,7 +692,7 @@ class Run:
             if model not in answers:                      # in gepa the trained weights are the base
                 sampler = Sampler(model, self.tokenizer, self.sampler.slots)
                 answers[model] = dict(zip(distinct, examine(sampler, self.tasks[task], distinct, problems, c.eval_samples,
-                                                            c.max_new_tokens, (c.seed, task, 2), "evaluate")))
+                                                            c.max_new_tokens, (c.seed, task, EVALUATE), "evaluate")))
             for name, context in contexts.items():
                 rewards = np.array([[r.reward for r in rollouts] for rollouts in answers[model][context]])  # [problems, answers]
                 for key, values in (("greedy", rewards[:, 0]), ("mean", rewards[:, 1:].mean(1))):      # [problems]
