@@ -189,25 +189,26 @@ def plan(c, m, weights):
     A given micro-batch and the slots are taken as they are; with auto, both are the most that keep to c.memory."""
     w, V, H, layers = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size, m.num_layers     # w: bytes of a weight
     q, kv, answer = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, QUESTION + c.max_new_tokens
-    context = c.prompt_tokens * (c.method != "rl")
+    context = 0 if c.method == "rl" else c.prompt_tokens
     trains = c.method != "gepa"                           # else the model is its own base, and only scores
     cached = 2 * w * layers * kv                          # keys and values of a token
     scores = 4 * w * m.num_heads * min(m.context, context + answer)      # of a token over all that it sees, in one layer at a time
-    # always: the model and its base; fp32 masters and two moments
-    always = w * weights + trains * (w + 12) * weights
-    # sampling: the contexts' keys and values; oneDNN's copy of bf16 weights on a CPU; a row's own keys and values, its logits and two
-    # copies in fp32, and its question's scores in the prefill
-    sampling = cached * c.prompts * context + (w * weights if c.device == "cpu" and w == 2 else 0)
+    always = w * weights + trains * (w + 12) * weights    # the model and its base; fp32 masters and two moments
+    # sampling: oneDNN's copy of bf16 weights on a CPU; the contexts' keys and values; and for each row its keys and values, its
+    # logits with two copies in fp32, and its question's scores in the prefill
+    packed = w * weights if c.device == "cpu" and w == 2 else 0
+    contexts = cached * c.prompts * context
     row = cached * answer + (w + 8) * V + scores * QUESTION
-    # training: gradients; those of the head and the embedding, and 128 rows of logits in fp32; what autograd keeps of a token: in each
-    # layer 4 vectors of the hidden size, 3 of the queries' and the keys' and 2 of the MLP's; its logits; its scores, also in `gepa`
-    training = trains * (4 * weights + V * (2 * w * H + 12 * 128))
+    # training: gradients, those of the head and the embedding, and 128 rows of logits in fp32; and for each token what autograd
+    # keeps, in each layer 4 vectors of the hidden size, 3 of the queries' and the keys' and 2 of the MLP's; its logits and scores,
+    # in `gepa`, too
+    gradients = trains * (4 * weights + V * (2 * w * H + 12 * 128))
     token = trains * w * layers * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) + w * V + scores
     micro_batch, slots, room = c.micro_batch, c.slots, c.memory * 1e9 - always
     if not micro_batch:
-        micro_batch = int(min(max((room - training) / token, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))
-        slots = int(min(max((room - sampling) / row, 1), slots))
-    sampling, training = always + sampling + slots * row, always + training + micro_batch * token
+        micro_batch = int(min(max((room - gradients) / token, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))
+        slots = int(min(max((room - packed - contexts) / row, 1), slots))
+    sampling, training = always + packed + contexts + slots * row, always + gradients + micro_batch * token
     return {"always": always, "sampling": sampling, "training": training, "in all": max(sampling, training)}, micro_batch, slots
 
 
