@@ -290,9 +290,9 @@ class Learner:
         self.masters = {name: p.detach().float().clone() for name, p in self.weights.items()}
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
         for name, p in self.weights.items():
-            p.register_post_accumulate_grad_hook(lambda p, master=self.masters[name]: self.collect(p, master))
+            p.register_post_accumulate_grad_hook(functools.partial(self.collect, self.masters[name]))
 
-    def collect(self, p, master):
+    def collect(self, master, p):
         """Gradients of micro-batches add up in fp32."""
         master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
