@@ -54,14 +54,14 @@ def setting(default, meaning, source="ours"):
     return dataclasses.field(default=default, metadata={"help": meaning, "source": source})
 
 
-REFUSALS = 5              # updates in a row that are not finite before the run ends
+REFUSALS = 5              # the run ends after so many updates in a row that are not finite
 LEAST_MICRO_BATCH = 64    # tokens
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning
 SLOW, EVALUATE, EVOLVE, REFLECT = 1, 2, 3, 4      # in the seeds of the sampler: each purpose has random numbers of its own
 MEMORY_FLAGS = {"micro_batch", "slots", "memory"}         # may be others when a run is resumed: they change results by rounding alone
 EVAL_FLAGS = {"device", "slots", "micro_batch", "eval_problems", "eval_samples"}      # settings of a run that --eval may override
-MOST = 1_000_000          # of anything but these: a configuration may come from a stranger
+MOST = 1_000_000          # of any setting that LIMITS does not name: a configuration may come from a stranger
 LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
 MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
@@ -151,11 +151,11 @@ def resolve(config):
         torch.cuda.set_device(torch.device(c.device).index or 0)      # a graph is recorded on the current device
         torch.cuda.set_per_process_memory_fraction(0.95)              # the allocator would take all, and leave cuBLAS and graphs none
         defaults["memory"] = 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]
-    if set(names) == {"arithmetic"}:                      # learnt soon
+    if set(names) == {"arithmetic"}:                      # learnt in few steps, with short answers
         defaults["steps"] = 9 if cpu else 48
         if c.level == 1:
             defaults["max_new_tokens"] = 32
-        if cpu and c.method != "gepa":                    # training runs through every context, which is to be short
+        if cpu and c.method != "gepa":                    # every training step runs all contexts: keep them short
             defaults |= {"prompt_tokens": 320, "micro_batch": 1280}
     for field, value in defaults.items():
         if getattr(c, field) is None:
@@ -179,7 +179,7 @@ def resolve(config):
                          f"--group {c.group} must be a multiple of --prompts {c.prompts}")
     if c.method != "rl" and c.passes < 1:
         raise ValueError(f"--passes {c.passes} does not even measure one prompt on the cycle's problems: it must be at least 1")
-    if c.dtype == "auto":                                 # last, as it takes a moment
+    if c.dtype == "auto":                                 # last, as measuring takes a moment
         c.dtype = max(cpu_speed(), key=cpu_speed().get) if cpu else "bfloat16"
     return c
 
@@ -298,20 +298,20 @@ class Learner:
         p.grad = None
 
     def clip(self, most):
-        """Scales the gradient to a norm of at most `most`: a batch with signal in few groups has a large one, and is no better for
-        it. Returns the norm that it had."""
+        """Scales the gradient down to a norm of `most` if it is larger: where few groups carry signal it is large, but no better.
+        Returns the norm before."""
         return torch.nn.utils.clip_grad_norm_(self.masters.values(), most).item()
 
     def discard(self):
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.zero_grad(set_to_none=True)            # not yet collected when a backward pass broke off
+        self.model.zero_grad(set_to_none=True)            # what a backward pass left that did not get to its end
 
     def rate(self):
         return self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
 
     @torch.no_grad()
     def update(self):
-        """One step of AdamW. All that it allocates (the moments, the first time) it allocates before any weight moves."""
+        """One step of AdamW. It allocates (the moments, the first time) before any weight changes: out of memory ruins nothing."""
         self.optimizer.param_groups[0]["lr"] = self.rate()
         self.optimizer.step()
         self.updates += 1
@@ -425,8 +425,8 @@ def steps_of(config, cycle):
 
 
 def tasks_of(c, trained=False):
-    """The configuration's tasks, in turn; a ValueError where two have one name, or, unless it is only evaluated, one has less than a
-    batch of training problems."""
+    """The configuration's tasks, in turn. Two of the same name are refused; so is, unless the run is already trained, a task that
+    has less than a batch of training problems."""
     tasks = [get_task(name, c.level, c.data or None, c.seed_prompt or None) for name in c.task.split(",")]
     if len({task.name for task in tasks}) < len(set(c.task.split(","))):
         raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
@@ -460,7 +460,7 @@ class Run:
             self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
         self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
         _, self.micro_batch, slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()))
-        self.sampler = Sampler(self.model, self.tokenizer, slots)                 # both become smaller once memory ran out
+        self.sampler = Sampler(self.model, self.tokenizer, slots)                 # both are halved whenever memory runs out
         self.done = 0                                     # phases behind us
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
         self.refused = 0                                  # updates in a row that were not finite
@@ -602,7 +602,7 @@ class Run:
             row["kl_reference"] = float(sums["kl_reference"]) / sum(lengths[i] for i in reference)
         row |= {"gradient_norm": self.learner.clip(c.clip), "lr": self.learner.rate()}
         bad = [key.replace("_", " ") for key in ("loss", "gradient_norm") if not math.isfinite(row[key])]
-        if bad:                                           # no update is better than a ruined one
+        if bad:                                           # better no update than weights of NaN
             self.learner.discard()
             self.refused += 1
             row = {key: value for key, value in row.items() if math.isfinite(value)}
@@ -611,7 +611,7 @@ class Run:
         else:
             self.learner.update()
             self.refused = 0
-            if not self.learner.finite():                 # a finite gradient cannot do that: it takes a damaged machine or file
+            if not self.learner.finite():                 # after a finite gradient only a damaged machine or file can cause this
                 raise FloatingPointError(f"the weights are not finite after update {self.learner.updates}: "
                                          "the last good state is on disk, and the same command resumes from it")
         return {"trained_rows": len(rollouts), "updates": self.learner.updates, **row}
@@ -678,8 +678,8 @@ class Run:
 
     def evaluate(self, task, split, count):
         """Accuracy with the best prompt and with the seed prompt, greedy and sampled at temperature 1, on the same problems for
-        every method and seed; and under each prompt the drift from the base weights. Intervals are Wilson's over problems: several
-        answers to one count as one observation, which errs on the wide side."""
+        every method and seed; and under each prompt the drift from the base weights. Wilson's intervals take a problem as one
+        observation, however many answers to it were sampled: they are rather too wide than too narrow."""
         c, start = self.config, time.perf_counter()
         problems = self.tasks[task].problems(split)
         problems = random.Random(f"{split} evaluation").sample(problems, min(count, len(problems)))
@@ -806,7 +806,7 @@ class Run:
         ends = self.done == len(self.phases) or self.phases[self.done][1] != task
         outside = kind == "fast" and c.method in ("gepa", "rl+gepa", "gepa+rl")
         if ends or outside or kind == "slow" and c.eval_every and steps % c.eval_every == 0:
-            for each in range(task + 1) if ends else [task]:              # what became of the earlier ones
+            for each in range(task + 1) if ends else [task]:              # the earlier ones: are they forgotten?
                 self.log(self.evaluate(each, "val", c.eval_problems))
         if ends or outside or steps % c.save_every == 0:
             self.save()
