@@ -30,7 +30,7 @@ from rollout import Context, Example
 
 OPERATORS = ("rewrite", "lesson", "example", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
-PROBES = 16               # the most anchors whose known solutions' likelihood counts
+PROBES = 16               # at most: anchors with a known solution, whose log-prob under a prompt says more than few rewards of 0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The population
@@ -83,9 +83,9 @@ class Population:
         return [candidate.context for candidate in self.candidates]
 
     def record(self, rollouts, step):
-        """Rollouts of the slow phase made at the weights that the prompts were scored at, as in the first step after a fast
-        phase, score what was not asked yet: the next search reads them if no update moved the weights until then. A rollout that
-        was asked without one of its prompt's examples does not count."""
+        """Rollouts of the slow phase also score the prompts, on problems not asked yet, while the weights are those of the fast
+        phase (until the first update); the next search uses them if the weights are still the same. A rollout that was asked
+        without one of its prompt's examples does not count."""
         for c in set(self.candidates):
             for r in rollouts:
                 if r.context == c.context and step in c.scores:
@@ -293,7 +293,7 @@ class Search:
         self.budget, self.step, self.prompt_tokens, self.spent, self.calls = budget, step, prompt_tokens, 0, 0
         self.rng = random.Random(f"{seed} {step}")
         self.anchors = list({p.id: p for p in anchors}.values())
-        self.rng.shuffle(self.anchors)                                  # any first part is then a fair sample
+        self.rng.shuffle(self.anchors)                                  # so that the first n are a random sample
         self.width = max(4, min(16, len(anchors) // 6))                 # children asked a round
         self.candidates = list(dict.fromkeys(population.candidates))
         self.seen = {content(c.context) for c in self.candidates}
@@ -324,7 +324,7 @@ class Search:
     def record(self, candidate, rollout):
         problem = rollout.problem
         assert candidate.scorers([problem]), "a prompt is never scored on its own example"
-        # A parent is asked again what it failed, and only that: a mean of all its answers would flatter it, and no child.
+        # Only the first answer counts: a parent is asked again, but just what it failed. Later answers could only raise its mean.
         candidate.scores[self.step].setdefault(problem.id, rollout.reward)
         if rollout.reward == 0:
             told = rollout.feedback
@@ -342,8 +342,8 @@ class Search:
         self.spend([(c, p) for c in candidates for p in self.unasked(c, problems)])
 
     def measure_carried(self):
-        """A lone carried prompt is measured on all anchors. Of several, each gets an equal share of two fifths of the budget, and
-        the best what it takes to know it in full; the others are completed at the end, if they are still worth it."""
+        """A lone carried prompt is measured on all anchors. Several share two fifths of the budget equally, and the best of them is
+        then measured on all anchors; the others only at the end, if some budget is left. Then the probes are chosen."""
         share = self.budget if len(self.candidates) == 1 else 2 * self.budget // (5 * len(self.candidates))
         self.measure(self.candidates, self.anchors[:max(1, share)])
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)
@@ -399,7 +399,7 @@ class Search:
         return True
 
     def minibatch(self, parent):
-        """Problems that it has not solved, as far as there are: from them there is most to learn."""
+        """Problems that the parent failed, then unasked ones, then solved ones: failures teach most."""
         problems = parent.scorers(self.anchors)
         self.rng.shuffle(problems)
         return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
@@ -408,7 +408,7 @@ class Search:
         return self.estimate(candidate), sum(self.probe_logprobs[candidate.context])
 
     def draw_parents(self):
-        # of equal means parent_weights favours the first
+        # parent_weights favours the first of equal means, so the likeliest come first
         pool = sorted(self.contenders, key=lambda c: sum(self.probe_logprobs[c.context]), reverse=True)
         weights = parent_weights([[c.scores[self.step].get(p.id) for p in self.anchors] for c in pool])
         return list(dict.fromkeys(self.rng.choices(pool, weights, k=min(3, self.width // 4))))
@@ -441,14 +441,14 @@ class Search:
         return max(operators, key=lambda name: self.rng.betavariate(*(1 + n for n in self.population.operators[name])))
 
     def add(self, context, parent, operator, verdict="failed", reason=""):
-        """A new candidate; one that is not asked, or does not get past the gate, keeps its verdict."""
+        """A new candidate. "failed" stays its verdict unless it passes the gate."""
         diff = list(difflib.unified_diff(readable(parent.context), readable(context), n=0, lineterm=""))[2:]
         changes = [f"{line[0]} {line[1:]}" for line in diff if line[0] in "+-"]
         parents = (parent.id, self.partner[context]) if operator == "merge" else (parent.id,)
         child = Candidate(self.population.proposed, context, parents, operator, verdict, reason, changes, {self.step: {}})
         self.population.proposed += 1
         self.candidates.append(child)
-        if verdict != "rejected":                         # a reply that was no prompt, as one cut off, bars none
+        if verdict != "rejected":                         # a reply that was no prompt does not forbid a prompt of the same text
             self.seen.add(content(context))
         return child
 
@@ -492,7 +492,7 @@ class Search:
             self.probe_logprobs[context] = [next(logprobs) for _ in self.probes]
 
     def likelier(self, child, parent):
-        """Whether the known solutions are: by two standard errors of the mean of the differences, probe by probe."""
+        """Whether the known solutions are likelier under the child: by two standard errors of the mean difference over probes."""
         gains = [a - b for a, b in zip(self.probe_logprobs[child], self.probe_logprobs[parent])]
         return len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
