@@ -38,9 +38,9 @@ from transformers import PreTrainedTokenizerFast
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
-# What is freed at the end of its heap glibc returns to the system, and the next block there is cleared page by page: a tenth of a
-# training step's time on a CPU. Told so, it keeps up to 0.5 GB of it, until `return_freed_memory`. Larger blocks it always returns,
-# but PyTorch asks for those in pages of 2 MB where THP_MEM_ALLOC_ENABLE is set before its first allocation.
+# glibc returns memory that is freed at the end of its heap to the system, which clears each page before handing it out again: a
+# tenth of a training step's time on a CPU. With these settings it keeps up to 0.5 GB, until `return_freed_memory`. Large blocks are
+# always returned, but if THP_MEM_ALLOC_ENABLE is set before its first allocation, PyTorch gets them in pages of 2 MB, not 4 kB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 if hasattr(libc, "mallopt"):                              # glibc; musl has neither function
@@ -117,8 +117,8 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def packing(self):
-        """Within it, products of few rows run about a fifth faster on a CPU in bf16: the weights are brought into oneDNN's own
-        layout once, and not at every product. Weights must not change meanwhile, and these products have no gradient."""
+        """While in this context, products of few rows run about a fifth faster on a CPU in bf16: weights are brought into oneDNN's
+        layout once, not at every product. They must not change meanwhile, and these products have no gradient."""
         bf16 = self.embedding.device.type == "cpu" and self.embedding.dtype == torch.bfloat16
         if bf16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             weights = [w for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
             q, k = rotate(qk, cos, signed_sin).split([c.num_heads, c.num_kv_heads], dim=1)
             x = x + self.linear(attend(index, q, k, v), layer.output)
             gate_up = self.linear(rms_norm(x, layer.mlp_norm, c.norm_eps), layer.gate_up)
-            # SwiGLU alone is computed again: checkpoint stops at the last tensor that backward needs, which is the product's input
+            # Only SwiGLU is recomputed, not the product: checkpoint stops at the last tensor that backward needs, its input.
             x = x + recomputed(lambda gate_up, down: self.linear(swiglu(gate_up), down), gate_up, layer.down)
         return rms_norm(x, self.norm, c.norm_eps)
 
@@ -164,8 +164,8 @@ class Transformer(nn.Module):
 
 
 def recomputed(function, *arguments):
-    """function(*arguments), of which autograd keeps the arguments alone and computes the rest again in the backward pass: for
-    what is large to keep, and cheap beside the linear layers."""
+    """function(*arguments), computed again in the backward pass from the arguments, which alone are kept: for what is large to
+    keep and, beside the linear layers, cheap to compute."""
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -290,7 +290,7 @@ class Layout:
                     cell = offset + (p * S + s) * L
                     rows[p, s, :len(own[i])] = torch.tensor(own[i])
                     place[own[i].start:own[i].stop] = range(cell, cell + len(own[i]))
-            unseen = unseen if (unseen != unseen[:1]).any() else unseen[:1]       # one mask serves for all, uncopied
+            unseen = unseen if (unseen != unseen[:1]).any() else unseen[:1]       # equal ones share one mask, uncopied
             self.rectangles.append((rows.to(device), shared.to(device), unseen.to(device)))
             offset += P * S * L
         self.place = torch.tensor(place, device=device)
@@ -361,7 +361,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 # How text is split before byte-pair merging, by the name that GGUF files give it: Hugging Face's steps, and one pattern
 # for tiktoken that cuts any text at the same places. SmolLM2 isolates every digit first, so GPT-2's pattern never sees
-# one, and spaces before a digit end a text.
+# a digit, and takes spaces before one for the end of the text.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
