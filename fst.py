@@ -444,7 +444,7 @@ class Run:
     def __init__(self, config, trained=None):
         """trained: a checkpoint to evaluate; then nothing is learnt."""
         c = self.config = config
-        self.folder = Path(c.out)
+        self.folder, self.state_file = Path(c.out), Path(c.out, "state", "state.safetensors")
         self.tasks = tasks_of(c, trained)
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
@@ -732,16 +732,14 @@ class Run:
                  "updates": self.learner.updates if self.learner else 0, "journals": journals,
                  "micro_batch": self.micro_batch, "slots": self.sampler.slots,
                  **{name: getattr(self, name) for name in self.PLAIN}}
-        (self.folder / "state").mkdir(exist_ok=True)
-        path = self.folder / "state" / "state.safetensors"
+        self.state_file.parent.mkdir(exist_ok=True)
         text = json.dumps(state)
         about = {"run": text, "sha256": digest(text, sorted(tensors.items()))}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, about))
+        replace_file(self.state_file, lambda temporary: save_file(tensors, temporary, about))
 
     def restore(self):
-        path = self.folder / "state" / "state.safetensors"
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(self.state_file, "pt") as file:
                 text, tensors = file.metadata()["run"], ((name, file.get_tensor(name)) for name in sorted(file.keys()))
                 if file.metadata()["sha256"] != digest(text, tensors):
                     raise ValueError("its checksum is wrong")
@@ -750,7 +748,8 @@ class Run:
                 if self.learner:
                     self.learner.restore(file.get_tensor, state["updates"])
         except Exception as error:      # safetensors and json raise their own kinds for a damaged file; of another version: KeyError
-            raise ValueError(f"{path} is damaged ({error}): start anew with --overwrite, or put a good copy there") from error
+            raise ValueError(f"{self.state_file} is damaged ({error}): start anew with --overwrite, "
+                             "or put a good copy there") from error
         changed = []
         for name, (length, sha256) in state["journals"].items():
             if length_and_digest((self.folder / name).read_bytes()[:length]) != (length, sha256):
@@ -772,7 +771,7 @@ class Run:
     def go(self):
         """Phase after phase until the schedule's end, or until asked to stop: True if it got there."""
         c = self.config
-        if (self.folder / "state" / "state.safetensors").exists():
+        if self.state_file.exists():
             self.restore()
             behind = f"going on after {self.done} of {len(self.phases)} phases"
             say(f"this run is complete: {self.folder}" if self.finished else behind)
