@@ -363,6 +363,7 @@ class Search:
     def round(self):
         """Parents, proposals, gate, scoring; False once the budget does not suffice, or no parent may be asked any anchor."""
         parents, left = self.draw_parents(), self.budget - self.spent
+        # what is left must pay for the parents' minibatches, the children's, and one child on all anchors
         width = min(self.width, (left - len(self.anchors)) // MINIBATCH - len(parents))
         if width < len(parents):
             return False

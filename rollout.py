@@ -2,7 +2,8 @@
 What the model is asked, how it answers, and how the answer is graded.
 
   Task      problems in three splits that share none; `grade` gives a reward and says what was wrong
-  Sampler   draws answers, many rows at a time, over prefixes that are run once, with one uniform per token drawn ahead
+  Sampler   draws answers: rows are admitted in a Block, which holds their keys and values and runs a shared prefix once, and get
+            a token at a time, each from a uniform drawn ahead
   ask       (context, problem) pairs -> graded Rollouts
   score     the log-probs of given answers, with gradient: what the sampler computed, all tokens at once; `divergence`, how far two
             models are apart on them
@@ -167,7 +168,7 @@ class Generated(Task):
         while len(drawn) < 512 + 256 + 4096:
             question, answer, steps = self.make(rng, level)
             drawn[question] = question, answer, "\n".join([*steps, f"#### {answer}"])
-        rows = rng.sample(list(drawn.values()), len(drawn))     # mixed: wordings that ran out are in every split
+        rows = rng.sample(list(drawn.values()), len(drawn))     # shuffled: wordings with few problems are drawn early
         return {"test": rows[:512], "val": rows[512:768], "train": rows[768:]}
 
 
@@ -645,7 +646,8 @@ class Sampler:
             return layout.attend(index, q, k, v)
 
         hidden = self.model.hidden(layout.tokens, layout.positions, attend)
-        # A block is a rectangle, of prefixes and rows under each: runs of one row and of a hundred would leave most of it vacant.
+        # A block is a rectangle, prefixes times rows under each. With runs of one row and of a hundred most of it would be vacant:
+        # it holds runs of similar size.
         classes, paths = defaultdict(list), {row: layout.paths[last[prompts[row]]] for row in rows}
         for first, stop, prefix in prefix_runs([prompts[row] for row in rows]):
             prefix = prefix if stop - first > 1 else 0                                        # a lone row shares nothing
