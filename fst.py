@@ -1027,16 +1027,16 @@ def open_run(config, overwrite):
             leftover.unlink()
     if ours and not overwrite:
         before, stored = stored_config(folder)
-        other = {key: value for key, value in vars(config).items() if value != vars(before)[key]}
-        if other.keys() <= MEMORY_FLAGS:
-            resolved = dataclasses.replace(stored, out=resolved.out, **{key: vars(resolved)[key] for key in other})
-            if other:
+        changed = {key: value for key, value in vars(config).items() if value != vars(before)[key]}
+        if changed.keys() <= MEMORY_FLAGS:
+            resolved = dataclasses.replace(stored, out=resolved.out, **{key: vars(resolved)[key] for key in changed})
+            if changed:
                 write_text(folder / "config.json", json.dumps({"asked": vars(config), "resolved": vars(resolved)}, indent=1))
             return resolved, lock
         if (folder / "state" / "state.safetensors").exists():         # else nothing would be lost
-            other = ", ".join(f"{key} {vars(before)[key]!r}, now {value!r}" for key, value in other.items())
+            other = ", ".join(f"{key} {vars(before)[key]!r}, now {value!r}" for key, value in changed.items())
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
-    known = {"lock", *({"config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else ())}
+    known = {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else {"lock"}
     strangers = {p.name for p in folder.iterdir()} - known
     if strangers:
         raise ValueError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
