@@ -374,8 +374,8 @@ class Search:
         traces = {parent: [next(rollouts) for _ in minibatches[parent]] for parent in parents}
         if not any(traces.values()):
             return False                                  # every anchor is among the parents' own examples
-        reward = {parent: sum(r.reward for r in traces[parent]) for parent in parents}
-        parents = [parent for parent in parents if reward[parent] < len(traces[parent])]      # a perfect one cannot be beaten
+        before = {parent: sum(r.reward for r in traces[parent]) for parent in parents}
+        parents = [parent for parent in parents if before[parent] < len(traces[parent])]      # a perfect one cannot be beaten
 
         # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which
         #    tells nothing and at a hard start is the rule, the likelihood of known solutions decides.
@@ -383,8 +383,8 @@ class Search:
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
             after = sum(next(rollouts).reward for _ in minibatches[parent])
-            child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {reward[parent]:g}"
-            if after > reward[parent] or after == reward[parent] == 0 and self.likelier(child.context, parent.context):
+            child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {before[parent]:g}"
+            if after > before[parent] or (after == before[parent] == 0 and self.likelier(child.context, parent.context)):
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -395,7 +395,7 @@ class Search:
         self.contenders += best
         self.waiting = [c for c in self.waiting if c not in best]
         for child, parent in children:                    # accepted but not yet scored is a success, too
-            better = child in self.waiting or child in self.contenders and self.estimate(child) > self.estimate(parent)
+            better = child in self.waiting or (child in self.contenders and self.estimate(child) > self.estimate(parent))
             self.population.operators[child.operator][0 if better else 1] += 1
         return True
 
