@@ -111,6 +111,11 @@ def average(rewards):
     return sum(rewards) / len(rewards)
 
 
+def best_scores(scores):
+    """The best score of each problem, 0 where no candidate was measured on it; scores as below."""
+    return [max((s for s in column if s is not None), default=0) for column in zip(*scores)]
+
+
 def pareto_frontier(scores):
     """scores [candidates][problems], None where not measured -> indices of the candidates on the frontier, ascending.
 
@@ -118,23 +123,22 @@ def pareto_frontier(scores):
     a if it was measured wherever a was, is nowhere worse there, and somewhere better. Equal rows do not dominate each other."""
     if len(lengths := {len(row) for row in scores}) > 1:
         raise ValueError(f"the candidates' scores are of different lengths: {sorted(lengths)} problems")
-    best = [max((s for s in column if s is not None), default=None) for column in zip(*scores)]
+    best = best_scores(scores)
 
     def dominates(b, a):
         pairs = [(x, y) for x, y in zip(b, a) if y is not None]
         return all(x is not None and x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
-    return [i for i, row in enumerate(scores) if any(s is not None and s == top for s, top in zip(row, best))
+    return [i for i, row in enumerate(scores) if any(s == top for s, top in zip(row, best))
             and not any(dominates(other, row) for other in scores)]
 
 
 def parent_weights(scores):
     """scores as above -> a weight per candidate: on how many solved problems it is (co-)best, 0 off the frontier. The candidate of
     best mean weighs at least as much as any other: with 0/1 scores a specialist's lucky problems could outnumber its own."""
-    frontier = set(pareto_frontier(scores))
-    best = [max((s for s in column if s is not None), default=0) for column in zip(*scores)]
+    frontier, best = set(pareto_frontier(scores)), best_scores(scores)
     weights = [sum(s == top for s, top in zip(row, best) if top > 0) if i in frontier else 0 for i, row in enumerate(scores)]
-    means = [average([s for s in row if s is not None] or [-1]) for row in scores]
+    means = [average([s for s in row if s is not None] or [-1]) for row in scores]        # not measured: below all others
     weights[means.index(max(means))] = max([1, *weights])
     return weights
 
