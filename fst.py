@@ -57,10 +57,10 @@ def setting(default, meaning, source="ours"):
 REFUSALS = 5              # the run ends after so many updates in a row that are not finite
 LEAST_MICRO_BATCH = 64    # tokens
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
-QUESTION = 128            # tokens of a question, for planning
+QUESTION = 128            # tokens of a question, for planning: at least so many
 SLOW, EVALUATE, EVOLVE, REFLECT = 1, 2, 3, 4      # in the seeds of the sampler: each purpose has random numbers of its own
-MEMORY_FLAGS = {"micro_batch", "slots", "memory"}         # may be others when a run is resumed: they change results by rounding alone
-EVAL_FLAGS = {"device", "slots", "micro_batch", "eval_problems", "eval_samples"}      # settings of a run that --eval may override
+RESUME_FLAGS = {"micro_batch", "slots", "memory", "out"}  # may be others when a run is resumed: they change no more than rounding
+EVAL_FLAGS = {"device", "data", "slots", "micro_batch", "eval_problems", "eval_samples"}      # settings of a run that --eval may override
 MOST = 1_000_000          # of any setting that LIMITS does not name: a configuration may come from a stranger
 LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
 MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
@@ -104,7 +104,7 @@ class Config:
                                "ours: auto; 1280 where arithmetic trains on a CPU")
     memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
-    passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems", "paper: 960 over 192")
+    passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems: 1 only measures, 5 searches", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device, task and method")
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "self: the current weights; base: the frozen starting weights", "paper: a frozen model")
@@ -156,7 +156,7 @@ def resolve(config):
         if c.level == 1:
             defaults["max_new_tokens"] = 32
         if cpu and c.method != "gepa":                    # every training step runs all contexts: keep them short
-            defaults |= {"prompt_tokens": 320, "micro_batch": 1280}
+            defaults |= {"prompt_tokens": 320, "micro_batch": 1280 if c.memory is None else 0}
     for field, value in defaults.items():
         if getattr(c, field) is None:
             setattr(c, field, value)
@@ -177,6 +177,8 @@ def resolve(config):
     if c.method not in ("rl", "gepa") and c.group % c.prompts:
         raise ValueError(f"each of the {c.prompts} prompts gets an equal share of a group: "
                          f"--group {c.group} must be a multiple of --prompts {c.prompts}")
+    if c.method not in ("gepa", "distill") and c.group < 2:
+        raise ValueError("--group 1 leaves a rollout nothing to be compared with, and every advantage 0: it must be at least 2")
     if c.method != "rl" and c.passes < 1:
         raise ValueError(f"--passes {c.passes} does not even measure one prompt on the cycle's problems: it must be at least 1")
     if c.dtype == "auto":                                 # last, as measuring takes a moment
@@ -184,11 +186,13 @@ def resolve(config):
     return c
 
 
-def plan(c, m, weights):
-    """The memory of a run of so many weights, m the model's configuration -> bytes by purpose, tokens of a micro-batch, slots.
+def plan(c, m, weights, question=QUESTION):
+    """The memory of a run of so many weights, m the model's configuration, question: the longest one's tokens -> bytes by purpose,
+    tokens of a micro-batch, slots.
     A given micro-batch and the slots are taken as they are; with auto, both are the most that keep to c.memory."""
     w, V, H, layers = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size, m.num_layers     # w: bytes of a weight
-    q, kv, answer = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, QUESTION + c.max_new_tokens
+    question = max(question, QUESTION)
+    q, kv, answer = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, question + c.max_new_tokens
     context = 0 if c.method == "rl" else c.prompt_tokens
     trains = c.method != "gepa"                           # else the model is its own base, and only scores
     cached = 2 * w * layers * kv                          # keys and values of a token
@@ -198,7 +202,7 @@ def plan(c, m, weights):
     # logits with two copies in fp32, and its question's scores in the prefill
     packed = w * weights if c.device == "cpu" and w == 2 else 0
     contexts = cached * c.prompts * context
-    row = cached * answer + (w + 8) * V + scores * QUESTION
+    row = cached * answer + (w + 8) * V + scores * question
     # training: gradients, those of the head and the embedding, and 128 rows of logits in fp32; and for each token what autograd
     # keeps, in each layer 4 vectors of the hidden size, 3 of the queries' and the keys' and 2 of the MLP's; its logits and scores,
     # in `gepa`, too
@@ -436,6 +440,23 @@ def tasks_of(c, trained=False):
     return tasks
 
 
+def room_for_prompts(c, tasks, tokenizer, context):
+    """The tokens of the longest question, and those that a prompt may take: --prompt-tokens, or as many as the model's context leaves
+    beside every question and its answer. A ValueError where that is not enough."""
+    problems = [problem for task in tasks for split in task.splits.values() for problem in split]
+    question = max(len(tokenizer.encode(problem.question)) for problem in problems)
+    longest = max(len(tokenizer.chat(Context(task.seed_prompt).messages(""))) for task in tasks)
+    if longest + question + c.max_new_tokens > context:
+        raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
+                         f"(--max-new-tokens) do not fit the model's context of {context}")
+    if c.method != "rl" and longest > c.prompt_tokens:
+        raise ValueError(f"a seed prompt of {longest} tokens leaves none of --prompt-tokens {c.prompt_tokens} to evolve it in")
+    if c.method != "rl" and c.reflection_tokens >= context:
+        raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} "
+                         "to reflect on")
+    return question, min(c.prompt_tokens, context - c.max_new_tokens - question)
+
+
 class Run:
     """All that a run holds between two phases. `save` and `restore` take it to its folder and back, to the bit."""
     JOURNALS = ("metrics.jsonl", "prompts.jsonl", "rollouts.jsonl")
@@ -450,7 +471,9 @@ class Run:
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
         if self.tokenizer.turn_end is None:
             raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
-        self.prompt_tokens = None if trained else self.longest_context()
+        question = QUESTION
+        if not trained:
+            question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context)
         weights = {} if trained else dict(self.model.named_parameters())
         self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks])),
                        f"the model {c.model}": digest("", sorted(weights.items()))}      # what a resumed run must find unchanged
@@ -459,7 +482,7 @@ class Run:
         if trained:
             self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
         self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
-        _, self.micro_batch, slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()))
+        _, self.micro_batch, slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()), question)
         self.sampler = Sampler(self.model, self.tokenizer, slots)                 # both are halved whenever memory runs out
         self.done = 0                                     # phases behind us
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
@@ -470,22 +493,6 @@ class Run:
 
     def count_tokens(self, context):
         return len(self.tokenizer.chat(context.messages("")))         # around an empty question
-
-    def longest_context(self):
-        """Tokens that a context may take: --prompt-tokens, or as many as leave room for every question and its answer."""
-        c, context = self.config, self.model.config.context
-        problems = [p for task in self.tasks for split in task.splits.values() for p in split]
-        question = max(len(self.tokenizer.encode(p.question)) for p in problems)
-        longest = max(self.count_tokens(Context(task.seed_prompt)) for task in self.tasks)
-        if longest + question + c.max_new_tokens > context:
-            raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
-                             f"(--max-new-tokens) do not fit the model's context of {context}")
-        if c.method != "rl" and longest > c.prompt_tokens:
-            raise ValueError(f"a seed prompt of {longest} tokens leaves none of --prompt-tokens {c.prompt_tokens} to evolve it in")
-        if c.method != "rl" and c.reflection_tokens >= context:
-            raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} "
-                             "to reflect on")
-        return min(c.prompt_tokens, context - c.max_new_tokens - question)
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -522,11 +529,13 @@ class Run:
         tokens = sum(len(r.tokens) for r in rollouts)
         self.spent["slow_rollouts"] += len(rollouts)
         self.spent["slow_tokens"] += tokens
+        head = {"task": self.tasks[task].name, "step": self.steps_done() + 1}
+        ids = {x.context: x.id for x in self.population.candidates}
         # to read: of one group the first, of the next the second, so that each prompt is seen
-        self.journal("rollouts.jsonl", *[{"task": self.tasks[task].name, "step": step, "problem": r.problem.id, "text": r.text,
-                                          "reward": r.reward, "feedback": r.feedback, "stopped": r.stopped}
-                                         for r in rollouts[::c.group + 1]])
-        return {"kind": "step", "task": self.tasks[task].name, "step": self.steps_done() + 1, "reward": rewards.mean().item(),
+        self.journal("rollouts.jsonl", *[{**head, "problem": r.problem.id, "prompt": ids.get(context), "question": r.problem.question,
+                                          "text": r.text, "reward": r.reward, "feedback": r.feedback, "stopped": r.stopped}
+                                         for (context, _), r in list(zip(jobs, rollouts))[::c.group + 1]])
+        return {"kind": "step", **head, "reward": rewards.mean().item(),
                 "flat": (rewards == rewards[:, :1]).all(1).float().mean().item(),
                 "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts),
                 **row, **self.spent,
@@ -553,7 +562,7 @@ class Run:
         reference = dict(zip(judged, score_all(self.base, rows, c.temperature, self.micro_batch)))
 
         def loss(logprobs, behaviour, i):                 # of rollout i, summed over its tokens
-            out = token_loss(c.loss, logprobs, behaviour, scaled[i], c.cap)
+            out = token_loss(c.loss, logprobs, behaviour, torch.full_like(behaviour, scaled[i]), c.cap)
             if i in reference:
                 # The gradient of a token's KL(pi || base), its prefix given, is E[(log pi - log base) grad log pi], that of half the
                 # squared difference; k3's is another. That a token also changes what follows is left out (arXiv 2506.09477).
@@ -754,7 +763,7 @@ class Run:
         for name, (length, sha256) in state["journals"].items():
             if length_and_digest((self.folder / name).read_bytes()[:length]) != (length, sha256):
                 changed.append(self.folder / name)
-        kept = lambda settings: {name: value for name, value in settings.items() if name not in MEMORY_FLAGS}
+        kept = lambda settings: {name: value for name, value in settings.items() if name not in RESUME_FLAGS}
         if kept(state["config"]) != kept(vars(self.config)):
             changed.append(self.folder / "config.json")
         changed += [what for what, before in origin.items() if self.origin[what] != before]
@@ -865,11 +874,12 @@ def table(row):
 
 
 def describe(row):
-    value = lambda key: row.get(key, math.nan)            # a step without signal lacks some, as a prompt that no anchor may score
+    value = lambda key: row.get(key, math.nan)            # a refused update lacks some, as a prompt that no anchor may score
     if row["kind"] == "step":
+        learnt = (f"entropy {value('entropy'):.2f}  KL reference {value('kl_reference'):.4f}  |grad| {value('gradient_norm'):.2f}  "
+                  f"lr {value('lr'):.1e}")
         return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  "
-                f"length {row['length']:.0f}  entropy {value('entropy'):.2f}  KL reference {value('kl_reference'):.4f}  "
-                f"|grad| {value('gradient_norm'):.2f}  lr {value('lr'):.1e}  "
+                f"length {row['length']:.0f}  {learnt if row['trained_rows'] else 'no signal: nothing moves'}  "
                 f"{row['tokens_per_second']:.0f} tok/s  {row['sample_seconds']:.0f}+{row['train_seconds']:.0f} s")
     if row["kind"] == "eval":
         return (f"eval  step {row['step']:4d}  {row['task']} {row['split']}, {row['n']} problems: "
@@ -961,7 +971,7 @@ def read_seed_prompt(value):
             raise ValueError(f"--seed-prompt {value} looks like a file, and there is none")
         return value
     with reading(f"--seed-prompt {value}"):
-        text = read_text(value).strip()
+        text = read_text(value).removeprefix("\ufeff").strip()
     if not text:
         raise ValueError(f"--seed-prompt {value} is an empty file")
     return text
@@ -986,8 +996,7 @@ def parse(argv):
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds and start anew")
     parser.add_argument("--check", action="store_true", help="say what would run, and what it takes, and stop")
     parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test "
-                        "problems; takes --device, --slots, --micro-batch, --eval-problems and "
-                        "--eval-samples")
+                        f"problems; takes {', '.join(map(flag, sorted(EVAL_FLAGS)))}")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs' curves side by side into curves.png of the first")
     parser.add_argument("--show-prompts", metavar="RUN", help="the family tree of a run's prompts")
     options = vars(parser.parse_args(argv))
@@ -1028,8 +1037,8 @@ def open_run(config, overwrite):
     if ours and not overwrite:
         before, stored = stored_config(folder)
         changed = {key: value for key, value in vars(config).items() if value != vars(before)[key]}
-        if changed.keys() <= MEMORY_FLAGS:
-            resolved = dataclasses.replace(stored, out=resolved.out, **{key: vars(resolved)[key] for key in changed})
+        if changed.keys() <= RESUME_FLAGS:
+            resolved = dataclasses.replace(stored, **{key: vars(resolved)[key] for key in {*changed, "out"}})
             if changed:
                 write_text(folder / "config.json", json.dumps({"asked": vars(config), "resolved": vars(resolved)}, indent=1))
             return resolved, lock
@@ -1050,18 +1059,19 @@ def open_run(config, overwrite):
 def check(config):
     """What a run would be: every setting with where its default comes from, and the rollouts, memory and time it may take."""
     c = resolve(config)
-    tasks_of(c)                                           # refused here, as the run would be
+    tasks = tasks_of(c)                                   # what a run would refuse is refused here, too
     for field in FLAGS:
         value, source = getattr(c, field.name), field.metadata["source"]
         print(f"{field.name:18} {value!s:28} {'as asked' if getattr(config, field.name) != field.default else source}")
     print(f"{'why this model':18} {c.why_model}")
-    model, _ = load(c.model)
+    model, tokenizer = load(c.model)
+    question, _ = room_for_prompts(c, tasks, tokenizer, model.config.context)
     weights, m = sum(p.numel() for p in model.parameters()), model.config
     phases = schedule(c)
     steps = sum(kind == "slow" for kind, _, _ in phases)
     slow = steps * c.batch * c.group
     fast = sum(int(c.passes * c.batch * len(steps_of(c, i))) for kind, _, i in phases if kind == "fast")
-    parts, micro_batch, slots = plan(c, m, weights)
+    parts, micro_batch, slots = plan(c, m, weights, question)
     print(f"\n{slow} slow rollouts, at most {fast} fast ones, and the evaluations', of at most {c.max_new_tokens} tokens each")
     print(f"micro-batches of {micro_batch:,} tokens, {slots} slots; memory in GB, without the libraries' own:")
     print("  " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))

@@ -782,12 +782,16 @@ def save(directory, model, tokenizer):
                  lambda path: safetensors.torch.save_file(weights, path, {"format": "pt"}))
 
 
+os.umask(UMASK := os.umask(0o077))                        # to read it is to set it
+
+
 def replace_file(path, write):
     """Lets write(temporary path) write a file beside `path`, forces it to disk, puts it in `path`'s place in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)                                  # a link of that name would lead elsewhere
         write(temporary)
+        os.chmod(temporary, 0o666 & ~UMASK)                                # safetensors makes files for their owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

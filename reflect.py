@@ -330,7 +330,7 @@ class Search:
         assert candidate.scorers([problem]), "a prompt is never scored on its own example"
         # Only the first answer counts: a parent is asked again, but just what it failed. Later answers could only raise its mean.
         candidate.scores[self.step].setdefault(problem.id, rollout.reward)
-        if rollout.reward == 0:
+        if rollout.reward < 1:
             told = rollout.feedback
             if problem.solution and problem.solution in told:
                 self.solutions[problem.id]["reference"] = Example(problem.question, problem.solution, problem.id)

@@ -42,7 +42,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Grade:
-    reward: float           # 0.0 or 1.0
+    reward: float           # from 0 to 1; the tasks here give 0 or 1
     feedback: str           # first line: what was wrong; below it, unless right, the reference solution
 
 
@@ -129,7 +129,8 @@ class Task:
                     self.splits[split].append(Problem(f"{label}/{split}/{i}", *row))
                 questions.add(question)
         if not all(self.splits.values()):
-            raise ValueError(f"task {label} has too few problems (with an answer of one line) for three splits")
+            sizes = ", ".join(f"{split} {len(problems)}" for split, problems in self.splits.items())
+            raise ValueError(f"task {label} needs problems in each of its three splits, and has {sizes}")
         if repeated := sum(map(len, rows.values())) - len(questions):
             print(f"task {label}: dropped {repeated} repeated questions", file=sys.stderr)
 
@@ -748,8 +749,10 @@ def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=N
     for (context, problem), completion in zip(jobs, completions):
         text = sampler.tokenizer.decode(completion.answer)
         grade = task.grade(problem, text, completion.stopped)
+        if not 0 <= grade.reward <= 1:
+            raise ValueError(f"task {task.name} gave a reward of {grade.reward}: it must be from 0 to 1")
         rollouts.append(Rollout(problem, context, prompts[context, problem], completion.tokens, completion.logprobs, text,
-                                completion.stopped, grade.reward, grade.feedback))
+                                completion.stopped, float(grade.reward), grade.feedback))
     return rollouts
 
 

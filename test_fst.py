@@ -1016,9 +1016,9 @@ def test_jsonl_broken_lines_are_named(tmp_path, line, error):
 
 
 def test_jsonl_needs_problems_in_every_split(tmp_path):
-    with pytest.raises(ValueError, match="too few problems"):
-        get_task(f"jsonl:{write(tmp_path / 'few.jsonl', [{'question': 'a', 'answer': 1}])}")
-    with pytest.raises(ValueError, match="too few problems"):
+    with pytest.raises(ValueError, match="three splits, and has train 0, val 1, test 0"):
+        get_task(f"jsonl:{write(tmp_path / 'few.jsonl', [{'question': 'a', 'answer': 1, 'split': 'val'}])}")
+    with pytest.raises(ValueError, match="three splits, and has train 0, val 0, test 0"):
         get_task(f"jsonl:{write(tmp_path / 'none.jsonl', [])}")
     with pytest.raises(FileNotFoundError, match="missing.jsonl"):
         get_task(f"jsonl:{tmp_path / 'missing.jsonl'}")
@@ -1973,10 +1973,39 @@ def test_each_row_is_trained_under_its_own_prompt(tiny_run):
     assert len(seen[2].context.examples) == 1 and len(seen[6].context.examples) == 2
     assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in seen)
     kept = fst.read_rows(run.folder / "rollouts.jsonl")
-    assert [(r["problem"], r["text"]) for r in kept] == [(r.problem.id, r.text) for r in seen[::5]]          # the 0th, 1st, 2nd of a group
+    assert [(r["problem"], r["question"], r["text"]) for r in kept] == [(r.problem.id, r.problem.question, r.text) for r in seen[::5]]
+    assert [r["prompt"] for r in kept] == [0, 0, 1] and {r["step"] for r in kept} == {row["step"]} == {1}     # the 0th, 1st, 2nd of a group
     run.batch = lambda *_: problems
     run.slow(0, 1)
     assert all(a.prompt == b.prompt and a.tokens != b.tokens for a, b in zip(seen[:12], seen[12:]))
+
+
+def test_a_loss_gets_tensors_of_one_shape(tiny_run, monkeypatch):
+    """As `token_loss` says of its arguments, and one who adds a loss reads."""
+    shapes, token_loss = [], fst.token_loss
+    monkeypatch.setattr(fst, "token_loss", lambda kind, a, b, c, cap: (shapes.append({a.shape, b.shape, c.shape}), token_loss(kind, a, b, c, cap))[1])
+    run = tiny_run("--method", "rl")
+    rollouts = sampled(run)
+    run.reinforce(rollouts, torch.tensor([[1.0, 0, 0, 1]] * 3))
+    assert all(len(shape) == 1 for shape in shapes) and sorted(n for (n,), in shapes) == sorted(len(r.tokens) for r in rollouts)
+
+
+@pytest.mark.parametrize("reward, kept", [(1, 1.0), (True, 1.0), (0.25, 0.25), (-1, None), (2, None), (math.nan, None)])
+def test_a_tasks_own_reward_is_from_0_to_1(tiny, reward, kept):
+    """One that has its own `grade`: whole numbers and truth values count, others are refused by the task's name. Less than 1 teaches."""
+    ours, tokenizer, _ = tiny
+    task = Echo()
+    task.grade = lambda problem, text, stopped: rollout.Grade(reward, f"Half.\n{problem.solution}")
+    problem = Problem("train/0", "What is it?", "1", "It is 1.\n#### 1")
+    asked = lambda: rollout.ask(Sampler(ours, tokenizer), task, [(Context("Be brief."), problem)], 4)[0]
+    if kept is None:
+        with pytest.raises(ValueError, match="task echo gave a reward of"):
+            asked()
+        return
+    search, answer = searching("Be brief."), asked()
+    search.record(search.candidates[0], answer)
+    assert answer.reward == kept and type(answer.reward) is float
+    assert ("reference" in search.solutions["train/0"]) == (kept < 1) and ("own" in search.solutions["train/0"]) == (kept == 1 and answer.stopped)
 
 
 def test_kl_to_the_base_is_under_the_answers_own_prompts(tiny_run):
@@ -2217,6 +2246,15 @@ def test_memory_is_what_the_plan_says(tmp_path, monkeypatch):
     assert parts["in all"] > 1.0e9 and micro_batch == 2048
 
 
+def test_long_questions_are_planned_for():
+    """A row's keys and values, and its question's scores, grow with the longest question; less than 128 tokens count as 128."""
+    c = fst.resolve(fst.Config(method="rl", device="cpu", dtype="bfloat16", model="m", slots=10))
+    m = model.Config("LlamaForCausalLM", 1000, 64, 128, 2, 4, 2, 16, 1e-5, 1e4, None, 8192, True, False, False)
+    sampling = {n: fst.plan(c, m, 10 ** 6, n)[0]["sampling"] for n in (20, 128, 1500)}
+    row = lambda n: 2 * 2 * 2 * 32 * (n + 32) + 4 * 2 * 4 * (n + 32) * n                     # 2 layers, 2 x 32 numbers a token; 4 heads
+    assert sampling[20] == sampling[128] and sampling[1500] - sampling[128] == 10 * (row(1500) - row(128))
+
+
 @pytest.mark.parametrize("card, hidden, intermediate, weights, tokens, slots", [
     (24, 1024, 3072, 596_049_920, 5078, 93), (80, 2048, 6144, 1_720_574_976, 15626, 365)])
 def test_qwen3_fits_by_arithmetic(card, hidden, intermediate, weights, tokens, slots):
@@ -2388,12 +2426,16 @@ def test_bad_input_ends_with_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for flags, named in ((["--task", "chess"], "unknown task 'chess'"), (["--loss", "ppo"], "unknown --loss 'ppo'"), (["--method", "sft"], "unknown --method"),
-                         (["--group", 6, "--prompts", 4], "multiple"), (["--lr", -1], "--lr"), (["--lr", 1e38], "at most 1"), (["--batch", 0], "--batch"), (["--temperature", 0], "temperature"),
+                         (["--group", 6, "--prompts", 4], "multiple"), (["--group", 1, "--prompts", 1], "at least 2"), (["--lr", -1], "--lr"), (["--lr", 1e38], "at most 1"), (["--batch", 0], "--batch"), (["--temperature", 0], "temperature"),
                          (["--model", tmp_path / "nowhere"], "nowhere"), (["--model", "nobody/nothing"], "nobody/nothing"), (["--task", "jsonl:none.jsonl"], "none.jsonl"),
                          (["--device", "tpu"], "tpu"), (["--plot", "nowhere"], "nowhere"), (["--eval", "nowhere"], "nowhere"), (["--show-prompts", "nowhere"], "nowhere")):
         assert named in refused(capsys, *flags)
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "1"}\nnot json\n')
     assert "bad.jsonl" in refused(capsys, "--task", "jsonl:bad.jsonl")
+    write_checkpoint(tmp_path / "model", "qwen3")
+    capsys.readouterr()
+    for flags, named in ((["--max-new-tokens", 5000], "--max-new-tokens"), (["--prompt-tokens", 5], "--prompt-tokens 5"), (["--reflection-tokens", 5000], "--reflection-tokens 5000")):
+        assert named in refused(capsys, "--model", tmp_path / "model", *flags, "--check") == refused(capsys, "--model", tmp_path / "model", *flags)
     assert "--unknown-flag" in refused(capsys, "--unknown-flag", 1) and "--steps" in refused(capsys, "--steps", "many")
 
 
@@ -2402,7 +2444,7 @@ def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data, prompt = Path("sums.jsonl"), Path("prompt.txt")
     write(data, [{"question": f"What is {i} + {i}?", "answer": 2 * i} for i in range(60)])
-    prompt.write_text("Answer with the number.\n")
+    prompt.write_text("\ufeffAnswer with the number.\n")                                   # as some editors begin a file
     flags = [*SHORT, "--task", "jsonl:sums.jsonl", "--seed-prompt", prompt, "--out", tmp_path / "run"]
     run_fst(tmp_path, *flags)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["asked"]["seed_prompt"] == "Answer with the number."
@@ -2425,6 +2467,25 @@ def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
     (tmp_path / "more").mkdir()
     shutil.copy(data, tmp_path / "more")
     assert "one name" in one_sentence(run_fst(tmp_path, *SHORT, "--task", "jsonl:sums.jsonl,jsonl:more/sums.jsonl", "--out", tmp_path / "two", check=False))
+
+
+def test_a_run_goes_on_from_another_place(tmp_path):
+    """The same folder by another name, or moved: it ends as it would have; its settings are still compared."""
+    flags = [*SHORT, "--out", tmp_path / "run"]
+    run_fst(tmp_path, *flags, "--save-every", 1)
+    whole = what_counts(tmp_path / "run")
+    assert "complete" in run_fst(tmp_path, *flags[:-1], f"{tmp_path}/./run/").printed
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert "complete" in run_fst(tmp_path, *flags[:-1], tmp_path / "moved").printed and what_counts(tmp_path / "moved") == whole
+    assert json.loads((tmp_path / "moved" / "config.json").read_text())["resolved"]["out"] == str(tmp_path / "moved")
+    assert "lr 0.001, now 0.5" in one_sentence(run_fst(tmp_path, *flags[:-1], tmp_path / "moved", "--lr", 0.5, check=False))
+
+
+def test_what_is_saved_may_be_read_by_whom_the_umask_says(tmp_path):
+    """safetensors alone would make its files readable by their owner only."""
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "run")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~model.UMASK} and os.umask(os.umask(0o022)) == model.UMASK
 
 
 def test_a_run_writes_where_it_was_told_to(tmp_path, tiny_run):
