@@ -753,6 +753,8 @@ class Run:
                 if file.metadata()["sha256"] != digest(text, tensors):
                     raise ValueError("its checksum is wrong")
                 state = json.loads(text)
+                if absent := {"config", "origin", "journals", "micro_batch", "slots", *self.PLAIN} - state.keys():
+                    raise ValueError(f"it lacks {min(absent)}, and is of another version")
                 origin, population = state["origin"], reflect.Population.from_json(state["population"])
                 if self.learner:
                     self.learner.restore(file.get_tensor, state["updates"])

@@ -2578,11 +2578,11 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
     state.write_bytes(whole)
     with safetensors.safe_open(state, "pt") as file:              # whole, but of a version of the program that saved less
         run, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}
-    del run["origin"]
-    text = json.dumps(run)
-    safetensors.torch.save_file(tensors, state, {"run": text, "sha256": fst.digest(text, sorted(tensors.items()))})
-    assert "'origin'" in one_sentence(run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False))
-    assert what_counts(tmp_path / "run") == before
+    for absent in ("origin", "slots", "spent"):
+        text = json.dumps({key: value for key, value in run.items() if key != absent})
+        safetensors.torch.save_file(tensors, state, {"run": text, "sha256": fst.digest(text, sorted(tensors.items()))})
+        assert f"lacks {absent}" in one_sentence(run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False))
+        assert what_counts(tmp_path / "run") == before
 
 
 SHORT = ["--method", "rl", "--steps", 2, "--cycle", 1]
