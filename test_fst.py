@@ -3651,7 +3651,7 @@ def test_a_parent_that_solved_its_minibatch_proposes_nothing():
     search.ask = lambda jobs, seed: [dataclasses.replace(r, reward=float(r.context.system == "good"), feedback="No.") for r in model.ask(jobs, seed)]
     search.budget, search.probes, search.write, search.draw_parents = 10 ** 6, [], model.write, lambda: search.candidates[:2]
     for c in search.candidates:
-        search.liking[c.context] = []
+        search.probe_logprobs[c.context] = []
     good, bad = search.candidates
     proposed = []
     search.propose = lambda parents, traces, width: proposed.append(list(parents)) or []
