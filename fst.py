@@ -483,7 +483,7 @@ class Run:
             self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
         self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
         _, self.micro_batch, slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()), question)
-        self.sampler = Sampler(self.model, self.tokenizer, slots)                 # both are halved whenever memory runs out
+        self.sampler = Sampler(self.model, self.tokenizer, slots)
         self.done = 0                                     # phases behind us
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
         self.refused = 0                                  # updates in a row that were not finite
@@ -739,7 +739,7 @@ class Run:
         tensors = self.learner.tensors() if self.learner else {}
         state = {"config": dataclasses.asdict(self.config), "origin": self.origin, "population": self.population.to_json(),
                  "updates": self.learner.updates if self.learner else 0, "journals": journals,
-                 "micro_batch": self.micro_batch, "slots": self.sampler.slots,
+                 "micro_batch": self.micro_batch,         # smaller than planned once memory ran out
                  **{name: getattr(self, name) for name in self.PLAIN}}
         self.state_file.parent.mkdir(exist_ok=True)
         text = json.dumps(state)
@@ -753,7 +753,7 @@ class Run:
                 if file.metadata()["sha256"] != digest(text, tensors):
                     raise ValueError("its checksum is wrong")
                 state = json.loads(text)
-                if absent := {"config", "origin", "journals", "micro_batch", "slots", *self.PLAIN} - state.keys():
+                if absent := {"config", "origin", "journals", "micro_batch", *self.PLAIN} - state.keys():
                     raise ValueError(f"it lacks {min(absent)}, and is of another version")
                 origin, population = state["origin"], reflect.Population.from_json(state["population"])
                 if self.learner:
@@ -773,8 +773,8 @@ class Run:
             raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
         for name in self.PLAIN:
             setattr(self, name, state[name])
-        if state["config"] == vars(self.config):          # else other limits have been given
-            self.micro_batch, self.sampler.slots = state["micro_batch"], state["slots"]
+        if all(state["config"][name] == getattr(self.config, name) for name in ("micro_batch", "memory")):     # else these are new
+            self.micro_batch = state["micro_batch"]
         self.population = population
         for name, (length, _) in state["journals"].items():
             os.truncate(self.folder / name, length)

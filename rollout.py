@@ -558,8 +558,7 @@ class Block:
 class Sampler:
     """Draws completions from the model, many rows at a time.
 
-    slots: rows decoded together; waiting ones are admitted once half of the slots are free, or enough for all that wait. Where memory
-    does not suffice, they are halved for good."""
+    slots: rows decoded together; waiting ones are admitted once half of the slots are free, or enough for all that wait."""
 
     def __init__(self, model, tokenizer, slots=128):
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
@@ -584,20 +583,21 @@ class Sampler:
         if max_new_tokens < 1 or temperature < 0:
             raise ValueError(f"cannot sample {max_new_tokens} tokens at temperature {temperature}")
         greedy = [temperature == 0 or most_likely for most_likely in greedy or [False] * len(prompts)]
+        slots = min(self.slots, len(prompts))
         while prompts:
             try:
-                return self.draw(prompts, max_new_tokens, temperature or 1.0, seed, progress, greedy)
+                return self.draw(prompts, slots, max_new_tokens, temperature or 1.0, seed, progress, greedy)
             except RuntimeError as error:
-                if not out_of_memory(error) or self.slots < 2:
+                if not out_of_memory(error) or slots < 2:
                     raise
-            self.slots //= 2                              # not in the handler above, where the failed pass still holds its memory
+            slots //= 2                                   # not in the handler above, where the failed pass still holds its memory
             torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: sampling again, and from now on, with {self.slots} slots")
+            tqdm.write(f"out of memory: sampling these again with {slots} slots")
         return []
 
     @torch.no_grad()
-    def draw(self, prompts, max_new_tokens, temperature, seed, progress, greedy):
-        """What `generate` gives, its arguments checked."""
+    def draw(self, prompts, slots, max_new_tokens, temperature, seed, progress, greedy):
+        """What `generate` gives, its arguments checked, `slots` rows at once."""
         context, device = self.model.config.context, self.model.embedding.device
         self.limit = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
         self.uniform = torch.from_numpy(uniforms(prompts, max_new_tokens, seed)).to(device)   # [rows, max new tokens]
@@ -617,8 +617,8 @@ class Sampler:
         try:
             with bar, self.model.packing():
                 while waiting or blocks:
-                    free = self.slots - sum(len(block.row) for block in blocks)
-                    if waiting and free >= min(len(waiting), self.slots / 2):
+                    free = slots - sum(len(block.row) for block in blocks)
+                    if waiting and free >= min(len(waiting), slots / 2):
                         blocks += self.admit(waiting[:free], prompts)
                         waiting = waiting[free:]
                     else:

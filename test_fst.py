@@ -1369,25 +1369,27 @@ def test_on_a_gpu_sampling_ends_soon_after_the_last_row(tiny, monkeypatch):
 
 
 def test_sampling_out_of_memory_begins_again_with_half_the_slots(tiny, monkeypatch):
-    """The same tokens as of a sampler of so few slots; the model is left as it was; with one slot the error comes through."""
+    """The same tokens as of a sampler of so few slots; the next call has all of them; the model is left as it was; with one slot the
+    error comes through."""
     ours, tokenizer, _ = tiny
     prompts = [tuple(random_ids(5, i)) for i in range(8)]
     wanted = Sampler(ours, tokenizer, 2).generate(prompts, 12, seed=1)
-    sampler, room = Sampler(ours, tokenizer, 8), [2]
+    sampler, room, tried = Sampler(ours, tokenizer, 64), [2], []
     full = lambda blocks: sum(len(block.row) for block in blocks) > room[0]
 
     def decode(blocks):
         if full(blocks):
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`") if sampler.slots == 8 else torch.OutOfMemoryError
+            tried.append(sum(len(block.row) for block in blocks))
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`") if len(tried) == 1 else torch.OutOfMemoryError
         Sampler.decode(sampler, blocks)
 
     monkeypatch.setattr(sampler, "decode", decode)
     ours.train()
-    assert sampler.generate(prompts, 12, seed=1) == wanted and sampler.slots == 2 and ours.training
+    assert sampler.generate(prompts, 12, seed=1) == wanted and tried == [8, 4] and sampler.slots == 64 and ours.training
     room[0] = 0
     with pytest.raises(torch.OutOfMemoryError):
         sampler.generate(prompts, 12, seed=1)
-    assert sampler.slots == 1 and ours.training and sampler.graph is None
+    assert tried[2:] == [8, 4, 2, 1] and ours.training and sampler.graph is None
 
 
 def test_the_prefill_keeps_no_more_than_keys_and_values(tiny, monkeypatch):
@@ -2578,7 +2580,7 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
     state.write_bytes(whole)
     with safetensors.safe_open(state, "pt") as file:              # whole, but of a version of the program that saved less
         run, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}
-    for absent in ("origin", "slots", "spent"):
+    for absent in ("origin", "micro_batch", "spent"):
         text = json.dumps({key: value for key, value in run.items() if key != absent})
         safetensors.torch.save_file(tensors, state, {"run": text, "sha256": fst.digest(text, sorted(tensors.items()))})
         assert f"lacks {absent}" in one_sentence(run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False))
