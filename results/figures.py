@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot                                             # noqa: E402
 
-from tables import METHODS, evals, mean_curve, peers, proposals, read, runs_of, side_by_side, table  # noqa: E402
+from tables import METHODS, evals, in_step, peers, proposals, read, runs_of, side_by_side, table  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,14 +39,15 @@ def curves(group, runs):
     for axis, (pick, x, y, xlabel, ylabel) in zip(axes.flat, panels):
         for (i, (method, seeds)), (k, task) in itertools.product(enumerate(runs.items()), enumerate(tasks)):
             colour = f"C{METHODS.index(method)}" if method in METHODS else f"C{len(METHODS) + i % 4}"
-            lines = [[(row[x], row.get(y, math.nan)) for row in pick(rows) if x in row and row["task"] == task] for rows in seeds.values()]
-            lines = [line for line in lines if line]
-            for line in lines:
-                axis.plot(*zip(*line), color=colour, alpha=0.35, linewidth=0.8)
-            if lines:
-                mean, full = mean_curve(lines)
+            found = [here for rows in seeds.values() if (here := [row for row in pick(rows) if x in row and row["task"] == task])]
+            line = lambda rows: [(row[x], row.get(y, math.nan)) for row in rows]
+            for rows in found:
+                axis.plot(*zip(*line(rows)), color=colour, alpha=0.35, linewidth=0.8)
+            if found:
+                whole = np.array(list(map(line, in_step(found))))                                      # [seeds, points, (x, y)]
+                mean, full = whole.mean(0), len(whole)
                 axis.plot(*mean.T, "o" * (pick is evals) + ("-", "--", ":")[k % 3], color=colour, markersize=4,
-                          label=method + f" on {task}" * (len(tasks) > 1) + f", mean of {full} of {len(lines)} seeds")
+                          label=method + f" on {task}" * (len(tasks) > 1) + f", mean of {full} of {len(found)} seeds")
         axis.set(xlabel=xlabel, ylabel=ylabel, **({"ylim": (0, 1)} if ylabel.startswith(("accuracy", "reward")) else {}))
         axis.grid(alpha=0.3)
     if axes[0, 0].lines:

@@ -47,11 +47,13 @@ def evals(rows, split="val"):
     return [row for row in rows if row["kind"] == "eval" and row["split"] == split]
 
 
-def mean_curve(curves):
-    """Curves of several seeds, each [points][values] -> the mean of those of full length, [points, values], and how many these are: the mean of
-    fewer and fewer seeds would jump where a run was cut short."""
-    full = [curve for curve in curves if len(curve) == max(map(len, curves))]
-    return np.mean(full, axis=0), len(full)
+def in_step(seeds):
+    """Each seed's rows -> the same of those seeds that got furthest, at the steps that all of these have: the mean of fewer and fewer seeds
+    would jump where a run was cut short."""
+    last = max(rows[-1]["step"] for rows in seeds)
+    whole = [rows for rows in seeds if rows[-1]["step"] == last]
+    steps = set.intersection(*({row["step"] for row in rows} for rows in whole))
+    return [[row for row in rows if row["step"] in steps] for rows in whole]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,11 +133,12 @@ def to_rl_best(runs, task):
     """When each method's mean over seeds, and its single seeds, first reach the best validation accuracy of RL's mean; then the sigmoid."""
     lines, target, means, every = [], None, {}, {}
     for method, seeds in runs.items():
-        points = [[(row["step"], row["rollouts"], row["mean"], *(row.get(key, math.nan) for key in ("kl_base", "seed_kl_base")))
-                   for row in evals(rows) if row["task"] == task] for rows in seeds.values()]
-        every[method] = [curve for curve in points if curve]
-        if every[method]:
-            means[method], full = mean_curve(every[method])
+        found = [here for rows in seeds.values() if (here := [row for row in evals(rows) if row["task"] == task])]
+        points = lambda rows: [(row["step"], row["rollouts"], row["mean"], *(row.get(key, math.nan) for key in ("kl_base", "seed_kl_base"))) for row in rows]
+        every[method] = list(map(points, found))
+        if found:
+            curves = np.array(list(map(points, in_step(found))))                                       # [seeds, points, values]
+            means[method], full = curves.mean(0), len(curves)
             if method == "rl" and means[method][:, 2].any():
                 target = means[method][:, 2].max()
                 lines = [f"RL's best: {target:.1%} sampled, the highest point of its mean on validation problems (seeds: {full}). When others "
