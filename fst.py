@@ -186,7 +186,7 @@ def resolve(config):
     return c
 
 
-def plan(c, m, weights, question=QUESTION):
+def plan(c, m, weights, question=0):
     """The memory of a run of so many weights, m the model's configuration, question: the longest one's tokens -> bytes by purpose,
     tokens of a micro-batch, slots.
     A given micro-batch and the slots are taken as they are; with auto, both are the most that keep to c.memory."""
@@ -471,7 +471,7 @@ class Run:
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
         if self.tokenizer.turn_end is None:
             raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
-        question = QUESTION
+        question = 0
         if not trained:
             question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context)
         weights = {} if trained else dict(self.model.named_parameters())
@@ -1019,6 +1019,10 @@ def stored_config(folder, changes={}):
         return asked, resolve(resolved)
 
 
+def write_config(folder, asked, resolved):
+    write_text(folder / "config.json", json.dumps({"asked": vars(asked), "resolved": vars(resolved)}, indent=1))
+
+
 def open_run(config, overwrite):
     """The resolved configuration of a new run, or of the one that the same command began."""
     import fcntl
@@ -1040,9 +1044,11 @@ def open_run(config, overwrite):
         before, stored = stored_config(folder)
         changed = {key: value for key, value in vars(config).items() if value != vars(before)[key]}
         if changed.keys() <= RESUME_FLAGS:
-            resolved = dataclasses.replace(stored, **{key: vars(resolved)[key] for key in {*changed, "out"}})
+            # one of the limits given anew may change another's default, as --memory does --micro-batch's
+            anew = RESUME_FLAGS if changed.keys() - {"out"} else {"out"}
+            resolved = dataclasses.replace(stored, **{name: getattr(resolved, name) for name in anew})
             if changed:
-                write_text(folder / "config.json", json.dumps({"asked": vars(config), "resolved": vars(resolved)}, indent=1))
+                write_config(folder, config, resolved)
             return resolved, lock
         if (folder / "state" / "state.safetensors").exists():         # else nothing would be lost
             other = ", ".join(f"{key} {vars(before)[key]!r}, now {value!r}" for key, value in changed.items())
@@ -1054,7 +1060,7 @@ def open_run(config, overwrite):
     for pattern in ("state/*", "curves.png", *Run.JOURNALS, "checkpoint/*"):      # the last may be of another model, with other files
         for file in folder.glob(pattern):
             file.unlink()
-    write_text(folder / "config.json", json.dumps({"asked": vars(config), "resolved": vars(resolved)}, indent=1))
+    write_config(folder, config, resolved)
     return resolved, lock
 
 

@@ -2210,6 +2210,8 @@ def test_a_run_goes_on_with_other_memory_settings(tmp_path, tiny_run, monkeypatc
     assert (same.micro_batch, same.sampler.slots, fewer.micro_batch, fewer.sampler.slots) == (256, 8, 64, 3)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert all((stored[which]["micro_batch"], stored[which]["slots"]) == (64, 3) for which in stored) and fewer.go()
+    default = lambda *more: fst.open_run(fst.parse(["--model", "m", "--out", str(tmp_path / "default"), *more])[0], False)[0].micro_batch
+    assert [default(), default(), default("--memory", "3"), default("--memory", "3"), default()] == [1280, 1280, 0, 0, 1280]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fewer.learner.tensors().values(), whole.learner.tensors().values()))
 
 
