@@ -2,8 +2,8 @@
 What the model is asked, how it answers, and how the answer is graded.
 
   Task      problems in three splits that share none; `grade` gives a reward and says what was wrong
-  Sampler   draws answers: rows are admitted in a Block, which holds their keys and values and runs a shared prefix once, and get
-            a token at a time, each from a uniform drawn ahead
+  Sampler   draws answers: rows are admitted in a Block, which holds their keys and values, a shared prefix's once, and get a token
+            at a time, each from a uniform drawn ahead
   ask       (context, problem) pairs -> graded Rollouts
   score     the log-probs of given answers, with gradient: what the sampler computed, all tokens at once; `divergence`, how far two
             models are apart on them

@@ -96,7 +96,7 @@ def held_out(run, context, split, count):
     c, out = run.config, {}
     problems = run.tasks[0].problems(split)
     problems = random.Random(f"{split} evaluation").sample(problems, min(count, len(problems)))
-    answers, = examine(run.sampler, run.tasks[0], [context], problems, c.eval_samples, c.max_new_tokens, (c.seed, 0, 2))
+    answers, = examine(run.sampler, run.tasks[0], [context], problems, c.eval_samples, c.max_new_tokens, (c.seed, 0, fst.EVALUATE))
     for name, rollouts in (("greedy", [row[0] for row in answers]), ("sampled", [r for row in answers for r in row[1:]])):
         formatted = [r.in_form for r in rollouts]
         for key, values in ((name, [r.reward for r in rollouts]), (f"{name}_format", formatted)):
@@ -121,7 +121,7 @@ def measure(task, name, seed, options):
            cycles=options.cycles, split=options.split, budget=int(resolved.passes * resolved.batch) * resolved.steps, max_new_tokens=resolved.max_new_tokens,
            reflection_tokens=resolved.reflection_tokens, seconds=seconds, **spent, **row,
            prompt=context.system if isinstance(run.tasks[0], Generated) else "not kept: it may quote the data",
-           prompt_tokens=len(run.tokenizer.chat(context.messages(""))), examples=[e.problem_id for e in context.examples])
+           prompt_tokens=run.count_tokens(context), examples=[e.problem_id for e in context.examples])
 
 
 def main():
