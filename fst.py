@@ -165,6 +165,8 @@ def resolve(config):
         c.model, c.why_model = choose_model(c)
     c.why_model = c.why_model or "as asked"
     c.out = c.out or f"runs/{c.task.translate(str.maketrans(':/,', '--+'))}-{c.method}-{c.seed}"
+    if os.path.exists(c.out) and not os.path.isdir(c.out):
+        raise ValueError(f"--out {c.out} is no folder")
     for name in [field.name for field in FLAGS if field.type is not str]:
         value, most = getattr(c, name), LIMITS.get(name, MOST)
         if not (value > 0 or value == 0 and name in MAY_BE_ZERO):
@@ -899,7 +901,7 @@ def describe(row):
 def read_text(path):
     """A run folder may be a stranger's: what is no regular file is not opened, as a pipe would never end."""
     if not os.path.isfile(path):
-        raise ValueError("it is not a file")
+        raise ValueError("it is not a file" if os.path.exists(path) else "there is no such file")
     return Path(path).read_text(encoding="utf-8")
 
 
@@ -979,7 +981,7 @@ def read_seed_prompt(value):
     return text
 
 
-def token_limit(text):
+def tokens_or_auto(text):
     return 0 if text == "auto" else int(text)
 
 
@@ -991,7 +993,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for field in FLAGS:
-        kind = token_limit if field.name == "micro_batch" else field.type
+        kind = tokens_or_auto if field.name == "micro_batch" else field.type
         default = "see --check" if field.default is None else field.default
         text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
         parser.add_argument(flag(field.name), type=kind, default=field.default, help=text)
@@ -1145,7 +1147,7 @@ def main(argv=None):
             path = Path(actions["show_prompts"]) / "prompts.jsonl"
             with reading(path):
                 text = reflect.show(read_rows(path))
-            print(text)
+            print(text or "this run has proposed no prompts so far")
         elif actions["check"]:
             check(config)
         else:
