@@ -1,7 +1,8 @@
 """
-What worked examples are worth to a model whose weights stand still: how many there are, and which of those drawn fill a token limit, in
-random order or the shortest first. In each condition `--draws` contexts of training problems with their reference solutions; under each the
-same held-out problems, one sampled answer. One row per condition goes to results/bench_examples.jsonl.
+What worked examples are worth to a model whose weights stand still: how many there are, with their working or their answers alone, and which
+of those drawn fill a token limit, in random order or the shortest first. In each condition `--draws` contexts of training problems with their
+reference solutions; under each the same held-out problems, one sampled answer and one greedy. One row per condition goes to
+results/bench_examples.jsonl.
 
     FST_DATA=... python bench/examples.py --task arithmetic gsm8k
 """
@@ -16,8 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from model import load                                                    # noqa: E402
-from reflect import fill                                                  # noqa: E402
-from rollout import Context, Example, Sampler, ask, get_task              # noqa: E402
+from reflect import answer_alone, fill                                                  # noqa: E402
+from rollout import Context, Example, Sampler, examine, get_task              # noqa: E402
 from sampler import record                                                # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,8 +28,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", default=["arithmetic", "gsm8k"])
     parser.add_argument("--numbers", type=int, nargs="*", default=[1, 2, 4, 8, 16, 24], help="of examples, without a limit on tokens")
-    parser.add_argument("--limits", type=int, nargs="*", default=[320, 640, 1024], help="in tokens of a context, filled in both orders")
+    parser.add_argument("--limits", type=int, nargs="*", default=[320, 640, 1024], help="in tokens of a context")
+    parser.add_argument("--orders", nargs="+", choices=["random", "shortest"], default=["random", "shortest"], help="in which a limit is filled")
     parser.add_argument("--drawn", type=int, nargs="*", default=[16, 48], help="examples of which those that fit are taken")
+    parser.add_argument("--wordings", nargs="+", choices=["whole", "brief"], default=["whole"], help="brief: the answers alone")
     parser.add_argument("--draws", type=int, default=8, help="contexts in a condition")
     parser.add_argument("--problems", type=int, default=96, help="held-out problems that each is asked")
     parser.add_argument("--max-new-tokens", type=int, default=192, help="limit of an answer; of arithmetic 32")
@@ -38,32 +41,34 @@ def main():
     model, tokenizer = load(options.model, "cuda" if torch.cuda.is_available() else "cpu", DTYPES[options.dtype])
     sampler, count = Sampler(model, tokenizer), lambda context: len(tokenizer.chat(context.messages("")))
     conditions = [(number, None, "random") for number in options.numbers]
-    conditions += [(drawn, limit, order) for limit in options.limits for drawn in options.drawn for order in ("random", "shortest")]
+    conditions += [(drawn, limit, order) for limit in options.limits for drawn in options.drawn for order in options.orders]
+    conditions = [(*condition, wording) for condition in conditions for wording in options.wordings]
     for name in options.task:
         task = get_task(name)
         problems = random.Random("examples").sample(task.problems("val"), options.problems)
         most = 32 if name == "arithmetic" else options.max_new_tokens
         room = model.config.context - most - max(len(tokenizer.encode(p.question)) for p in problems)
-        for drawn, limit, order in conditions:
+        for drawn, limit, order, wording in conditions:
             start, contexts = time.perf_counter(), []
             for draw in range(options.draws):             # the same draws in both orders
                 rng = random.Random(f"{drawn} {draw}")
                 examples = [Example(p.question, p.solution, p.id) for p in rng.sample(task.problems("train"), drawn)]
+                if wording == "brief":
+                    examples = list(map(answer_alone, examples))
                 if order == "shortest":
                     examples.sort(key=lambda e: len(e.question) + len(e.answer))
                 kept = fill(task.seed_prompt, examples, count, min(limit or room, room)).examples
                 contexts.append(Context(task.seed_prompt, tuple(rng.sample(kept, len(kept)))))
-            answers = iter(ask(sampler, task, [(c, p) for c in contexts for p in problems], most, 1.0, 0))
-            groups = [[next(answers) for _ in problems] for _ in contexts]
-            share = lambda flag: [sum(map(flag, group)) / len(group) for group in groups]
-            right, in_form = share(lambda r: r.reward), share(lambda r: r.in_form)
+            asked = examine(sampler, task, contexts, problems, 1, most)               # [contexts][problems][greedy, sampled]
+            share = lambda flag, kind: [sum(flag(answers[kind]) for answers in context) / len(context) for context in asked]
             row = {"task": task.name, "model": options.model, "dtype": options.dtype, "drawn": drawn, "limit": limit, "order": order,
-                   "examples": [len(c.examples) for c in contexts], "prompt_tokens": [count(c) for c in contexts],
-                   "problems": len(problems), "max_new_tokens": most, "right": right, "in_form": in_form,
-                   "seconds": time.perf_counter() - start}
-            mean = lambda values: sum(values) / len(values)
-            print(f"{task.name:12} {limit or 'no limit':>8}  {order:8} of {drawn:2d}: {mean(row['examples']):4.1f} examples  right {mean(right):5.1%}  "
-                  f"in form {mean(in_form):5.1%}  {row['seconds']:.0f} s", flush=True)
+                   "wording": wording, "examples": [len(c.examples) for c in contexts], "prompt_tokens": [count(c) for c in contexts],
+                   "problems": len(problems), "max_new_tokens": most, "seconds": time.perf_counter() - start}
+            for name, flag in (("right", lambda r: r.reward), ("in_form", lambda r: r.in_form)):
+                row |= {f"greedy_{name}": share(flag, 0), name: share(flag, 1)}
+            mean = lambda key: sum(row[key]) / len(row[key])
+            print(f"{task.name:12} {limit or 'no limit':>8}  {order:8} of {drawn:2d}, {wording}: {mean('examples'):4.1f} examples  right, greedy and sampled, "
+                  f"{mean('greedy_right'):5.1%} {mean('right'):5.1%}  in form {mean('greedy_in_form'):5.1%} {mean('in_form'):5.1%}  {row['seconds']:.0f} s", flush=True)
             record("bench_examples.jsonl", **row)
 
 
