@@ -7,16 +7,19 @@ takes the K prompts of the last cycle and the problems of the next one, the anch
   1. measure   The carried prompts are asked again: the weights moved, and scores of other weights never count.
   2. rounds    Parents are drawn from the Pareto frontier and answer 3 problems, of those they failed. Operators propose children
                of them. A child that beats its parent strictly on the same minibatch is accepted (or, where neither solves any
-               of it, one under which known solutions are likelier), and the most promising of the accepted are scored on all
-               anchors, without which a prompt cannot win.
-  3. keep      The best prompt, of equally good ones the likeliest, then those that add most to what the kept ones solve.
+               of it, one whose answers keep to the form asked for, or under which known solutions are likelier), and the most
+               promising of the accepted are scored on all anchors, without which a prompt cannot win.
+  3. keep      The best prompt, of equally good ones those in form, of these the likeliest; then those that add most to what the
+               kept ones solve.
 
 The operators: `rewrite`, the model reads the prompt and rollouts with feedback and writes a better prompt; `lesson`, a general
 sentence of the grader's feedback; `example`, other worked examples, from solutions that the feedback gave away or that the model
-found; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn by their success so far.
+found; `brief`, examples without their working; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn by
+their success so far.
 
 After GEPA (arXiv 2507.19457). What differs, as a small model rewrites badly and rewards are 0 or 1: the other operators, many
-children a round, estimates instead of raw scores, and, where no rollout is right, the likelihood of known solutions.
+children a round, estimates instead of raw scores, and, where no rollout is right, the form of the answers and the likelihood of known
+solutions.
 """
 import difflib
 import math
@@ -24,11 +27,11 @@ import random
 import re
 import statistics
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from rollout import Context, Example
+from rollout import Context, Example, extract_answer
 
-OPERATORS = ("rewrite", "lesson", "example", "merge")
+OPERATORS = ("rewrite", "lesson", "example", "brief", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
 PROBES = 16               # at most: anchors with a known solution, whose log-prob under a prompt says more than few rewards of 0
 
@@ -99,7 +102,7 @@ class Population:
         population = Population([])
         once = {c["id"]: Candidate.from_json(c) for c in row["candidates"]}     # a prompt may be there twice
         population.candidates = [once[c["id"]] for c in row["candidates"]]
-        population.proposed, population.operators = row["proposed"], row["operators"]
+        population.proposed, population.operators = row["proposed"], population.operators | row["operators"]
         return population
 
 
@@ -231,6 +234,12 @@ def with_lessons(instruction, lessons):
     return "\n".join([instruction, *lines] if instruction else lines)
 
 
+def answer_alone(example):
+    """The example without its working: its answer as the grader reads it. As it is where none is marked."""
+    answer = extract_answer(example.answer)
+    return example if answer is None else replace(example, answer=f"#### {answer}")
+
+
 def content(context):
     """What makes a prompt the same as another: its texts, in whatever order its examples stand."""
     return context.system, frozenset(context.examples)
@@ -304,6 +313,7 @@ class Search:
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
         self.probes, self.probe_logprobs = [], {}                       # (problem, known solution); context -> log-prob of each
+        self.in_form = defaultdict(dict)                                # candidate -> problem id -> whether its first answer is
         self.partner = {}                                               # merged context -> id of its second parent
         self.sentences = []                                             # of the feedback, general enough to be lessons
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
@@ -330,6 +340,7 @@ class Search:
         assert candidate.scorers([problem]), "a prompt is never scored on its own example"
         # Only the first answer counts: a parent is asked again, but just what it failed. Later answers could only raise its mean.
         candidate.scores[self.step].setdefault(problem.id, rollout.reward)
+        self.in_form[candidate].setdefault(problem.id, rollout.in_form)
         if rollout.reward < 1:
             told = rollout.feedback
             if problem.solution and problem.solution in told:
@@ -362,6 +373,14 @@ class Search:
         rewards, everyone = candidate.scores[self.step].values(), [r for c in self.contenders for r in c.scores[self.step].values()]
         return (sum(rewards) + 4 * average(everyone or [0.0])) / (len(rewards) + 4)
 
+    def form(self, candidate):
+        """The share of its answers that are in the form asked for; of those from the slow phase this is not known."""
+        return average(self.in_form[candidate].values() or [1.0])
+
+    def liking(self, candidate):
+        """How likely known solutions are under it."""
+        return sum(self.probe_logprobs[candidate.context])
+
     # -- a round ---------------------------------------------------------------------------------------------------
 
     def round(self):
@@ -382,13 +401,13 @@ class Search:
         parents = [parent for parent in parents if before[parent] < len(traces[parent])]      # a perfect one cannot be beaten
 
         # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which
-        #    tells nothing and at a hard start is the rule, the likelihood of known solutions decides.
+        #    tells nothing and at a hard start is the rule, the form of the answers or the likelihood of known solutions decides.
         children = self.propose(parents, traces, width) if parents else []
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
             after = sum(next(rollouts).reward for _ in minibatches[parent])
             child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {before[parent]:g}"
-            if after > before[parent] or (after == before[parent] == 0 and self.likelier(child.context, parent.context)):
+            if after > before[parent] or (after == before[parent] == 0 and self.closer(child, parent, traces[parent])):
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -399,7 +418,7 @@ class Search:
         self.contenders += best
         self.waiting = [c for c in self.waiting if c not in best]
         for child, parent in children:                    # accepted but not yet scored is a success, too
-            better = child in self.waiting or (child in self.contenders and self.estimate(child) > self.estimate(parent))
+            better = child in self.waiting or (child in self.contenders and self.promise(child) > self.promise(parent))
             self.population.operators[child.operator][0 if better else 1] += 1
         return True
 
@@ -410,11 +429,11 @@ class Search:
         return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
 
     def promise(self, candidate):
-        return self.estimate(candidate), sum(self.probe_logprobs[candidate.context])
+        return self.estimate(candidate), self.form(candidate), self.liking(candidate)
 
     def draw_parents(self):
-        # parent_weights favours the first of equal means, so the likeliest come first
-        pool = sorted(self.contenders, key=lambda c: sum(self.probe_logprobs[c.context]), reverse=True)
+        # parent_weights favours the first of equal means
+        pool = sorted(self.contenders, key=lambda c: (self.form(c), self.liking(c)), reverse=True)
         weights = parent_weights([[c.scores[self.step].get(p.id) for p in self.anchors] for c in pool])
         return list(dict.fromkeys(self.rng.choices(pool, weights, k=min(3, self.width // 4))))
 
@@ -496,10 +515,12 @@ class Search:
         for context in contexts:
             self.probe_logprobs[context] = [next(logprobs) for _ in self.probes]
 
-    def likelier(self, child, parent):
-        """Whether the known solutions are likelier under the child: by two standard errors of the mean difference over probes."""
-        gains = [a - b for a, b in zip(self.probe_logprobs[child], self.probe_logprobs[parent])]
-        return len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
+    def closer(self, child, parent, rollouts):
+        """Whether a child that solves no more of the minibatch, none, is nearer to it: two more of its answers are in form than of
+        the parent's, `rollouts`, or known solutions are likelier, by two standard errors of the mean difference over probes."""
+        gains = [a - b for a, b in zip(self.probe_logprobs[child.context], self.probe_logprobs[parent.context])]
+        likelier = len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
+        return likelier or sum(self.in_form[child].values()) >= 2 + sum(r.in_form for r in rollouts)
 
     def solution(self, problem_id, own=False):
         """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`) the model's."""
@@ -518,13 +539,23 @@ class Search:
 
     def example(self, context, minibatch_ids):
         """Some of the old examples, joined by new ones, as many as fit: for a small model their number counts more than which they
-        are. None is of a problem that is about to score the prompt, or whose likelihood does."""
+        are."""
+        return self.fit(context.system, self.draw_examples(context, minibatch_ids))
+
+    def brief(self, context, minibatch_ids):
+        """The same without their working. Whether this helps is for the task and the model to say (bench/examples.py)."""
+        return self.fit(context.system, list(map(answer_alone, self.draw_examples(context, minibatch_ids))))
+
+    def draw_examples(self, context, minibatch_ids):
+        """None is of a problem that is about to score the prompt, or whose likelihood does. New ones are as brief as the old."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
         excluded = minibatch_ids | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
         pool = [problem_id for problem_id in self.solutions if problem_id not in excluded]
         added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 2, 4, 8, 16, 32])))
-        return self.fit(context.system, stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added])
+        new = [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added]
+        brief = old and all(example == answer_alone(example) for example in old)
+        return stay + (list(map(answer_alone, new)) if brief else new)
 
     def merge(self, context, minibatch_ids):
         """With another prompt's lessons and examples too."""
@@ -553,13 +584,16 @@ class Search:
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
         complete = {c for c in mean if not self.unasked(c, self.anchors)}
 
-        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Of them the
-        #    likeliest leads: likelihood tells few worked examples from many, which so few rewards cannot. Only a candidate measured
-        #    on all anchors can lead.
-        top = max((mean[c] for c in able if c in complete), default=0)
-        margin = 2 * math.sqrt(top * (1 - top) / len(self.anchors))
-        level = {c for c in complete if mean[c] >= top - margin}
-        rank = lambda c: (c in level, sum(self.probe_logprobs[c.context]) if c in level else 0, mean[c])
+        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Likewise, of
+        #    them, by the form of their answers. Of those left the likeliest leads: likelihood tells few worked examples from many,
+        #    which so few rewards cannot. Only a candidate measured on all anchors can lead.
+        def level_with(best, share, among):
+            margin = 2 * math.sqrt(best * (1 - best) / len(self.anchors))
+            return {c for c in among if share(c) >= best - margin}
+
+        level = level_with(max((mean[c] for c in able if c in complete), default=0), mean.get, complete)
+        in_form = level_with(max(map(self.form, level), default=0), self.form, level)
+        rank = lambda c: (c in level, c in in_form, self.liking(c) if c in level else 0, mean[c])
 
         # 2. A prompt less than half as good as the best would waste the rollouts that it gets: a better one takes its place, even a
         #    second time. Among the others `cover` goes by estimates: a single 0 or 1, drawn towards the candidate's mean as if by

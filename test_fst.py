@@ -2429,11 +2429,17 @@ def refused(capsys, *flags):
 def test_bad_input_ends_with_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "afile").write_text("kept")
     for flags, named in ((["--task", "chess"], "unknown task 'chess'"), (["--loss", "ppo"], "unknown --loss 'ppo'"), (["--method", "sft"], "unknown --method"),
                          (["--group", 6, "--prompts", 4], "multiple"), (["--group", 1, "--prompts", 1], "at least 2"), (["--lr", -1], "--lr"), (["--lr", 1e38], "at most 1"), (["--batch", 0], "--batch"), (["--temperature", 0], "temperature"),
                          (["--model", tmp_path / "nowhere"], "nowhere"), (["--model", "nobody/nothing"], "nobody/nothing"), (["--task", "jsonl:none.jsonl"], "none.jsonl"),
-                         (["--device", "tpu"], "tpu"), (["--plot", "nowhere"], "nowhere"), (["--eval", "nowhere"], "nowhere"), (["--show-prompts", "nowhere"], "nowhere")):
+                         (["--device", "tpu"], "tpu"), (["--plot", "nowhere"], "nowhere"), (["--eval", "nowhere"], "nowhere"), (["--show-prompts", "nowhere"], "no such file"),
+                         (["--micro-batch", "x"], "tokens_or_auto"), (["--out", "afile"], "afile is no folder"), (["--out", "afile", "--check"], "afile is no folder")):
         assert named in refused(capsys, *flags)
+    assert (tmp_path / "afile").read_text() == "kept"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "prompts.jsonl").touch()                           # a run of plain RL
+    assert fst.main(["--show-prompts", "empty"]) == 0 and capsys.readouterr().out == "this run has proposed no prompts so far\n"
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "1"}\nnot json\n')
     assert "bad.jsonl" in refused(capsys, "--task", "jsonl:bad.jsonl")
     write_checkpoint(tmp_path / "model", "qwen3")
@@ -3528,7 +3534,7 @@ def test_a_good_rewrite_wins_and_its_operator_is_drawn_more():
     assert [m["role"] for m in chat] == ["system", "user"] and "You are a helpful assistant." in chat[1]["content"]
     assert chat[1]["content"].count("Feedback:") == 3 and FORMAT in chat[1]["content"]
     search = reflect.Search(population, problems(8), model.ask, model.write, None, count, 40, 0, 0, 1024)
-    search.population.operators = {"rewrite": [20, 5], "lesson": [1, 20], "example": [1, 20], "merge": [1, 20]}
+    search.population.operators = {name: [1, 20] for name in reflect.OPERATORS} | {"rewrite": [20, 5]}
     drawn = [search.draw_operator() for _ in range(200)]
     assert drawn.count("rewrite") > 190
 
@@ -3565,7 +3571,7 @@ def test_no_anchor_survives_in_an_instruction_or_lesson():
             if c.verdict != "rejected":
                 operators.add(c.operator)
                 assert not leaks(c.context.system, told)
-    assert operators == {"seed", "rewrite", "lesson", "example", "merge"}
+    assert operators == {"seed", *reflect.OPERATORS}
     search = reflect.Search(Population([Context("")]), [Problem("a", "Where are they?", "shed")], None, lambda chats, _: [("", True)], None, count, 0, 0, 0, 200)
     search.feedback = {i: ["They are in the shed. Say in one word where."] for i in "ab"}
     seed, = search.candidates
@@ -3586,7 +3592,10 @@ def test_examples_are_solutions_that_were_told_or_verified():
     for c in everyone:
         ids = [e.problem_id for e in c.context.examples]
         assert len(ids) == len(set(ids)) and count(c.context) <= 1024
-        assert all(e.question == by_id[e.problem_id].question and e.answer == by_id[e.problem_id].solution for e in c.context.examples)
+        for e in c.context.examples:
+            problem = by_id[e.problem_id]
+            assert e.question == problem.question and e.answer in (problem.solution, f"#### {problem.answer}")
+    assert {c.operator for c in everyone if any(e.answer.startswith("#") for e in c.context.examples)} >= {"brief"}
     tight, everyone, _ = run(Model(), 0, prompt_tokens=60)
     assert all(count(c.context) <= 60 for c in everyone) and any(c.context.examples for c in everyone)
 
@@ -3611,6 +3620,65 @@ def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
     # from a bare prompt half of the drafts ask for as many as fit
     drafts = [search.example(Context(""), set()) for _ in range(400)]
     assert 0.5 < sum(count(d) > 200 - 49 - 20 for d in drafts) / 400 < 0.8 and max(map(count, drafts)) <= 200
+
+
+def test_brief_examples_have_their_answers_alone():
+    """Of the problems that `example` might take; each answer is one that the task calls right. What is drawn beside brief ones is brief."""
+    search, known = searching("", prompt_tokens=600), {p.id: p for p in problems(24)}
+    search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in known.values()}
+    whole = Context("", tuple(search.solutions[f"train/{i}"]["reference"] for i in range(6)))
+    sizes = set()
+    for _ in range(50):
+        context = search.brief(whole, {"train/6", "train/7"})
+        sizes.add(len(context.examples))
+        for child in (context, search.example(context, set())):
+            assert all(e.question == known[e.problem_id].question and e.answer == f"#### {known[e.problem_id].answer}" for e in child.examples)
+        assert not {"train/6", "train/7"} & {e.problem_id for e in context.examples}
+        assert all(e.answer == known[e.problem_id].solution for e in search.example(whole, set()).examples)
+    assert min(sizes) <= 5 and max(sizes) == 22
+    for task in map(get_task, ("arithmetic", "star", "codeio")):
+        for p in task.problems("train")[:30]:
+            cut = reflect.answer_alone(Example(p.question, p.solution, p.id))
+            assert "\n" not in cut.answer and task.grade(p, cut.answer, True).reward == 1 and reflect.answer_alone(cut) == cut
+    unmarked = Example("Where?", "Here.", "a")
+    assert reflect.answer_alone(unmarked) == unmarked
+
+
+@pytest.mark.parametrize("of_parent, of_child, likelier, accepted", [
+    (0, 2, False, True), (1, 3, False, True), (0, 1, False, False), (2, 3, False, False), (3, 0, False, False), (3, 0, True, True)])
+def test_where_nothing_is_right_form_or_likelihood_decides(of_parent, of_child, likelier, accepted):
+    """A whole round, in which all rewards are 0: of three answers so many are in form."""
+    search = searching("parent")
+    search.budget, search.probes, (parent,) = 10 ** 6, [], search.candidates
+    given = {"parent": of_parent, "child": of_child}
+
+    def ask(jobs, seed):
+        seen = Counter()
+        out = []
+        for context, p in jobs:
+            seen[context] += 1
+            out.append(Rollout(p, context, (1,), [1], [0.0], "#### 1" if seen[context] <= given[context.system] else "?", True, 0.0, "No."))
+        return out
+
+    def propose(parents, traces, width):
+        child = search.add(Context("child"), parent, "lesson")
+        search.probe_logprobs[child.context] = [-1.0 + likelier, -2.0 + likelier, -3.0 + 1.1 * likelier]
+        return [(child, parent)]
+
+    search.probe_logprobs[parent.context] = [-1.0, -2.0, -3.0]
+    search.ask, search.propose, search.draw_parents = ask, propose, lambda: [parent]
+    assert search.round() and (search.candidates[1].verdict == "accepted") == accepted
+
+
+def test_of_prompts_that_solve_nothing_those_in_form_are_parents():
+    search = searching("first", "second")
+    for c, formed, logprob in zip(search.candidates, (10, 46), (-1.0, -2.0)):
+        c.scores = {0: {p.id: 0.0 for p in problems(48)}}
+        search.in_form[c] = {p.id: i < formed for i, p in enumerate(problems(48))}
+        search.probe_logprobs[c.context] = [logprob]
+    assert [c.context.system for c in search.draw_parents()] == ["second"]
+    first, second = search.candidates
+    assert search.promise(second) > search.promise(first) and search.form(second) == 46 / 48
 
 
 def test_parents_are_of_the_frontier_and_answer_what_they_failed():
@@ -3685,12 +3753,16 @@ def test_no_two_prompts_differ_only_in_order():
         assert len(population.contexts) == 4
 
 
-@pytest.mark.parametrize("right, leads", [((0, 2), 0), ((10, 30), 1), ((0, 0), 0), ((20, 24), 0), ((48, 48), 0)])
-def test_of_equally_good_prompts_the_likeliest_leads(right, leads):
-    """Two prompts, each asked the same 48 problems; under the first known solutions are likelier. Within two standard errors it leads."""
+@pytest.mark.parametrize("right, formed, leads", [
+    ((0, 2), (48, 48), 0), ((10, 30), (48, 48), 1), ((0, 0), (48, 48), 0), ((20, 24), (48, 48), 0), ((48, 48), (48, 48), 0),
+    ((0, 2), (10, 46), 1), ((0, 0), (43, 46), 1), ((0, 0), (44, 46), 0), ((30, 10), (30, 48), 0), ((0, 0), (0, 0), 0)])
+def test_of_equally_good_prompts_the_likeliest_leads(right, formed, leads):
+    """Two prompts, each asked the same 48 problems; under the first known solutions are likelier. It leads where both have as many right
+    answers within two standard errors, and of these as many in form: of 46 in form, 95.8%, one is 2.9%, so 90.1% or 43.2 are level."""
     search = searching("first", "second")
-    for c, n, logprob in zip(search.candidates, right, (-1.0, -2.0)):
+    for c, n, m, logprob in zip(search.candidates, right, formed, (-1.0, -2.0)):
         c.scores = {0: {p.id: float(i < n) for i, p in enumerate(problems(48))}}
+        search.in_form[c] = {p.id: i < m for i, p in enumerate(problems(48))}
         search.probe_logprobs[c.context] = [logprob]
     search.finish(1)
     assert search.population.contexts == [Context(("first", "second")[leads])]
@@ -3704,7 +3776,7 @@ def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
     children = search.offspring("example", parent, set(), 40)                    # there are but three sets of two examples
     assert 0 < len(children) <= 3
     charged = {name: failures for name, (_, failures) in search.population.operators.items()}
-    assert charged == {"rewrite": 0, "lesson": 2, "example": 40 - len(children), "merge": 3}
+    assert charged == {"rewrite": 0, "lesson": 2, "example": 40 - len(children), "brief": 0, "merge": 3}
 
 
 def test_who_is_less_than_half_as_good_as_the_best_is_not_kept():
