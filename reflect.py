@@ -377,8 +377,8 @@ class Search:
         """The share of its answers that are in the form asked for; of those from the slow phase this is not known."""
         return average(self.in_form[candidate].values() or [1.0])
 
-    def liking(self, candidate):
-        """How likely known solutions are under it."""
+    def probe_logprob(self, candidate):
+        """How likely known solutions are under it: the sum over probes."""
         return sum(self.probe_logprobs[candidate.context])
 
     # -- a round ---------------------------------------------------------------------------------------------------
@@ -397,17 +397,21 @@ class Search:
         traces = {parent: [next(rollouts) for _ in minibatches[parent]] for parent in parents}
         if not any(traces.values()):
             return False                                  # every anchor is among the parents' own examples
-        before = {parent: sum(r.reward for r in traces[parent]) for parent in parents}
-        parents = [parent for parent in parents if before[parent] < len(traces[parent])]      # a perfect one cannot be beaten
+        count = lambda rollouts: (sum(r.reward for r in rollouts), sum(r.in_form for r in rollouts))
+        before = {parent: count(traces[parent]) for parent in parents}
+        parents = [parent for parent in parents if before[parent][0] < len(traces[parent])]   # a perfect one cannot be beaten
 
         # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which
-        #    tells nothing and at a hard start is the rule, the form of the answers or the likelihood of known solutions decides.
+        #    tells nothing and at a hard start is the rule, two more answers in form suffice, or that known solutions are likelier.
         children = self.propose(parents, traces, width) if parents else []
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
-            after = sum(next(rollouts).reward for _ in minibatches[parent])
-            child.reason = f"{after:g} of {len(minibatches[parent])} where its parent got {before[parent]:g}"
-            if after > before[parent] or (after == before[parent] == 0 and self.closer(child, parent, traces[parent])):
+            right, in_form = count([next(rollouts) for _ in minibatches[parent]])
+            parent_right, parent_in_form = before[parent]
+            child.reason = (f"{right:g} of {len(minibatches[parent])} right, {in_form} in form, where its parent got {parent_right:g} "
+                            f"and {parent_in_form}")
+            if right > parent_right or (right == parent_right == 0 and (in_form >= parent_in_form + 2
+                                                                        or self.likelier(child.context, parent.context))):
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -429,11 +433,11 @@ class Search:
         return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
 
     def promise(self, candidate):
-        return self.estimate(candidate), self.form(candidate), self.liking(candidate)
+        return self.estimate(candidate), self.form(candidate), self.probe_logprob(candidate)
 
     def draw_parents(self):
         # parent_weights favours the first of equal means
-        pool = sorted(self.contenders, key=lambda c: (self.form(c), self.liking(c)), reverse=True)
+        pool = sorted(self.contenders, key=lambda c: (self.form(c), self.probe_logprob(c)), reverse=True)
         weights = parent_weights([[c.scores[self.step].get(p.id) for p in self.anchors] for c in pool])
         return list(dict.fromkeys(self.rng.choices(pool, weights, k=min(3, self.width // 4))))
 
@@ -515,12 +519,10 @@ class Search:
         for context in contexts:
             self.probe_logprobs[context] = [next(logprobs) for _ in self.probes]
 
-    def closer(self, child, parent, rollouts):
-        """Whether a child that solves no more of the minibatch, none, is nearer to it: two more of its answers are in form than of
-        the parent's, `rollouts`, or known solutions are likelier, by two standard errors of the mean difference over probes."""
-        gains = [a - b for a, b in zip(self.probe_logprobs[child.context], self.probe_logprobs[parent.context])]
-        likelier = len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
-        return likelier or sum(self.in_form[child].values()) >= 2 + sum(r.in_form for r in rollouts)
+    def likelier(self, child, parent):
+        """Whether the known solutions are likelier under the child: by two standard errors of the mean difference over probes."""
+        gains = [a - b for a, b in zip(self.probe_logprobs[child], self.probe_logprobs[parent])]
+        return len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
     def solution(self, problem_id, own=False):
         """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`) the model's."""
@@ -593,7 +595,7 @@ class Search:
 
         level = level_with(max((mean[c] for c in able if c in complete), default=0), mean.get, complete)
         in_form = level_with(max(map(self.form, level), default=0), self.form, level)
-        rank = lambda c: (c in level, c in in_form, self.liking(c) if c in level else 0, mean[c])
+        rank = lambda c: (c in level, c in in_form, self.probe_logprob(c) if c in level else 0, mean[c])
 
         # 2. A prompt less than half as good as the best would waste the rollouts that it gets: a better one takes its place, even a
         #    second time. Among the others `cover` goes by estimates: a single 0 or 1, drawn towards the candidate's mean as if by
@@ -613,7 +615,8 @@ class Search:
             if c.verdict != "rejected":
                 problems = len(c.scores[self.step])
                 place = f"kept as number {kept.index(c) + 1}" if c in kept else "not kept"
-                c.reason = "; ".join(filter(None, [c.reason, f"mean {c.mean(self.step) or 0:.2f} on {problems} problems", place]))
+                told = f"mean {c.mean(self.step) or 0:.2f} on {problems} problems, {self.form(c):.0%} in form"
+                c.reason = "; ".join(filter(None, [c.reason, told, place]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3486,12 +3486,27 @@ def test_a_child_no_better_is_accepted_as_often_as_chance_says():
         tested = [c for c in everyone if c.verdict in ("accepted", "failed") and c.scores[0]]
         asked, accepted = asked + len(tested), accepted + sum(c.verdict == "accepted" for c in tested)
         for c in tested:                                   # never for its likelihood alone, but where neither solved anything
-            after, before = map(float, re.match(r"(.+) of 3 where its parent got (\d+)", c.reason).groups())
+            after, before = map(float, re.match(r"(.+) of 3 right, .* parent got (\d+)", c.reason).groups())
             assert c.verdict != "accepted" or after > before or after == before == 0
         winners.append(population.candidates[0].mean(0))
     # minibatches are of problems that the parent got wrong once, which for equal prompts changes nothing
     assert asked > 300 and abs(accepted / asked - 0.34) < 0.09
     assert 0.55 < statistics.mean(winners) < 0.68      # the best of many means flatters: a gain must be measured on fresh problems
+
+
+def test_where_nothing_is_right_form_is_accepted_by_luck_as_often_as_chance_says():
+    """All answers wrong, each in form with p = 0.5 whatever the prompt: P(child's of 3 >= parent's + 2) = 7/64 = 0.11."""
+    class Wrong(Model):
+        def ask(self, jobs, seed):
+            return [dataclasses.replace(r, text=("?", "#### 1")[chance(seed, i, "form") < 0.5]) for i, r in enumerate(super().ask(jobs, seed))]
+
+    tested = []
+    for seed in range(40):
+        _, everyone, _ = run(Wrong(example=0, quality=0, lesson=0), seed, likely=False)
+        tested += [c for c in everyone if c.verdict in ("accepted", "failed") and c.scores[0]]
+    accepted = sum(c.verdict == "accepted" for c in tested)
+    assert len(tested) > 300 and abs(accepted / len(tested) - 7 / 64) < 0.06
+    assert all(c.reason.startswith("0 of 3 right, ") for c in tested)
 
 
 def test_the_kept_are_among_the_best():
