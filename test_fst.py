@@ -3422,6 +3422,8 @@ def test_the_same_seed_gives_the_same_and_json_loses_nothing():
     twice, _, _ = run(Model(), 0, 3, keep=6, budget=3)                                    # nothing to keep but the seed
     again = Population.from_json(twice.to_json())
     assert len(twice.candidates) == 6 and again.candidates[0] is again.candidates[5]
+    older = {**twice.to_json(), "operators": {"lesson": [2.0, 1.0]}}                      # of a version that had fewer
+    assert Population.from_json(older).operators == {name: [0.0, 0.0] for name in reflect.OPERATORS} | {"lesson": [2.0, 1.0]}
 
 
 def test_scores_of_older_weights_are_not_used():
@@ -3683,6 +3685,8 @@ def test_where_nothing_is_right_form_or_likelihood_decides(of_parent, of_child, 
     search.probe_logprobs[parent.context] = [-1.0, -2.0, -3.0]
     search.ask, search.propose, search.draw_parents = ask, propose, lambda: [parent]
     assert search.round() and (search.candidates[1].verdict == "accepted") == accepted
+    if (of_parent, of_child) == (0, 2):                  # measured on all anchors, it is in form where its parent is not
+        assert search.population.operators["lesson"] == [1, 0]
 
 
 def test_of_prompts_that_solve_nothing_those_in_form_are_parents():
@@ -3694,6 +3698,11 @@ def test_of_prompts_that_solve_nothing_those_in_form_are_parents():
     assert [c.context.system for c in search.draw_parents()] == ["second"]
     first, second = search.candidates
     assert search.promise(second) > search.promise(first) and search.form(second) == 46 / 48
+    problem, = problems(1)
+    assert search.form(search.add(Context("third"), first, "lesson")) == 1                # nothing known against it
+    for text in ("#### 1", "?"):                                                          # the first answer counts
+        search.record(search.candidates[2], Rollout(problem, Context("third"), (1,), [1], [0.0], text, True, 0.0, "No."))
+    assert search.form(search.candidates[2]) == 1 and search.form(second) == 46 / 48
 
 
 def test_parents_are_of_the_frontier_and_answer_what_they_failed():
@@ -3769,13 +3778,14 @@ def test_no_two_prompts_differ_only_in_order():
 
 
 @pytest.mark.parametrize("right, formed, leads", [
+    ((30, 30, 0), (30, 40, 48), 1),                       # nobody is compared in form with one that is behind in what is right
     ((0, 2), (48, 48), 0), ((10, 30), (48, 48), 1), ((0, 0), (48, 48), 0), ((20, 24), (48, 48), 0), ((48, 48), (48, 48), 0),
     ((0, 2), (10, 46), 1), ((0, 0), (43, 46), 1), ((0, 0), (44, 46), 0), ((30, 10), (30, 48), 0), ((0, 0), (0, 0), 0)])
 def test_of_equally_good_prompts_the_likeliest_leads(right, formed, leads):
-    """Two prompts, each asked the same 48 problems; under the first known solutions are likelier. It leads where both have as many right
+    """Prompts, each asked the same 48 problems; under the first known solutions are likeliest. It leads where both have as many right
     answers within two standard errors, and of these as many in form: of 46 in form, 95.8%, one is 2.9%, so 90.1% or 43.2 are level."""
-    search = searching("first", "second")
-    for c, n, m, logprob in zip(search.candidates, right, formed, (-1.0, -2.0)):
+    search = searching(*("first", "second", "third")[:len(right)])
+    for c, n, m, logprob in zip(search.candidates, right, formed, (-1.0, -2.0, -3.0)):
         c.scores = {0: {p.id: float(i < n) for i, p in enumerate(problems(48))}}
         search.in_form[c] = {p.id: i < m for i, p in enumerate(problems(48))}
         search.probe_logprobs[c.context] = [logprob]
