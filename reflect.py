@@ -7,19 +7,19 @@ takes the K prompts of the last cycle and the problems of the next one, the anch
   1. measure   The carried prompts are asked again: the weights moved, and scores of other weights never count.
   2. rounds    Parents are drawn from the Pareto frontier and answer 3 problems, of those they failed. Operators propose children
                of them. A child that beats its parent strictly on the same minibatch is accepted (or, where neither solves any
-               of it, one whose answers keep to the form asked for, or under which known solutions are likelier), and the most
+               of it, one under which known solutions are likelier, or more answers in the form asked for), and the most
                promising of the accepted are scored on all anchors, without which a prompt cannot win.
-  3. keep      The best prompt, of equally good ones those in form, of these the likeliest; then those that add most to what the
-               kept ones solve.
+  3. keep      The best prompt, of equally good ones the likeliest (where nothing is right: of those in form), then those that add
+               most to what the kept ones solve.
 
 The operators: `rewrite`, the model reads the prompt and rollouts with feedback and writes a better prompt; `lesson`, a general
 sentence of the grader's feedback; `example`, other worked examples, from solutions that the feedback gave away or that the model
-found; `brief`, examples without their working; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn by
-their success so far.
+found; `brief`, examples without their working; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn
+by their success so far.
 
 After GEPA (arXiv 2507.19457). What differs, as a small model rewrites badly and rewards are 0 or 1: the other operators, many
-children a round, estimates instead of raw scores, and, where no rollout is right, the form of the answers and the likelihood of known
-solutions.
+children a round, estimates instead of raw scores, and, where no rollout is right, the likelihood of known solutions and the form
+of the answers.
 """
 import difflib
 import math
@@ -50,6 +50,12 @@ class Candidate:
     reason: str = ""
     changes: list[str] = field(default_factory=list)      # lines added to and removed from the first parent
     scores: dict[int, dict[str, float]] = field(default_factory=dict)     # weight step -> problem id -> the first answer's reward
+    formed: dict[int, dict[str, bool]] = field(default_factory=dict)      # likewise, whether that answer is in the form asked for
+
+    def record(self, rollout, step):
+        """Only the first answer counts: a parent is asked again, but just what it failed. Later ones could only raise its mean."""
+        self.scores.setdefault(step, {}).setdefault(rollout.problem.id, rollout.reward)
+        self.formed.setdefault(step, {}).setdefault(rollout.problem.id, rollout.in_form)
 
     def mean(self, step):
         """Mean reward over the problems asked at these weights; None where nothing was."""
@@ -64,13 +70,13 @@ class Candidate:
         return {"id": self.id, "parents": list(self.parents), "operator": self.operator,
                 "verdict": self.verdict, "reason": self.reason, "system": self.context.system,
                 "examples": [vars(e) for e in self.context.examples], "changes": self.changes,
-                "means": {step: self.mean(step) for step in self.scores}, "scores": self.scores}
+                "means": {step: self.mean(step) for step in self.scores}, "scores": self.scores, "formed": self.formed}
 
     @staticmethod
     def from_json(row):
+        cells = [{int(step): answers for step, answers in row.get(name, {}).items()} for name in ("scores", "formed")]
         return Candidate(row["id"], Context(row["system"], tuple(Example(**e) for e in row["examples"])), tuple(row["parents"]),
-                         row["operator"], row["verdict"], row["reason"], row["changes"],
-                         {int(step): cells for step, cells in row["scores"].items()})
+                         row["operator"], row["verdict"], row["reason"], row["changes"], *cells)
 
 
 class Population:
@@ -92,7 +98,7 @@ class Population:
         for c in set(self.candidates):
             for r in rollouts:
                 if r.context == c.context and step in c.scores:
-                    c.scores[step].setdefault(r.problem.id, r.reward)
+                    c.record(r, step)
 
     def to_json(self):
         return {"candidates": [c.to_json() for c in self.candidates], "proposed": self.proposed, "operators": self.operators}
@@ -313,13 +319,13 @@ class Search:
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
         self.waiting = []                                               # accepted, not yet scored
         self.probes, self.probe_logprobs = [], {}                       # (problem, known solution); context -> log-prob of each
-        self.in_form = defaultdict(dict)                                # candidate -> problem id -> whether its first answer is
         self.partner = {}                                               # merged context -> id of its second parent
         self.sentences = []                                             # of the feedback, general enough to be lessons
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
         ids = {p.id for p in self.anchors}
         for c in self.candidates:                                       # scores of other weights or problems do not count
-            c.scores = {step: {p: rewards for p, rewards in c.scores.get(step, {}).items() if p in ids}}
+            now = lambda cells: {step: {p: cell for p, cell in cells.get(step, {}).items() if p in ids}}
+            c.scores, c.formed = now(c.scores), now(c.formed)
             c.verdict, c.reason = "carried", ""
         for record in population.operators.values():                    # older weights' experience fades
             record[:] = [n / 2 for n in record]
@@ -338,9 +344,7 @@ class Search:
     def record(self, candidate, rollout):
         problem = rollout.problem
         assert candidate.scorers([problem]), "a prompt is never scored on its own example"
-        # Only the first answer counts: a parent is asked again, but just what it failed. Later answers could only raise its mean.
-        candidate.scores[self.step].setdefault(problem.id, rollout.reward)
-        self.in_form[candidate].setdefault(problem.id, rollout.in_form)
+        candidate.record(rollout, self.step)
         if rollout.reward < 1:
             told = rollout.feedback
             if problem.solution and problem.solution in told:
@@ -361,7 +365,7 @@ class Search:
         then measured on all anchors; the others only at the end, if some budget is left. Then the probes are chosen."""
         share = self.budget if len(self.candidates) == 1 else 2 * self.budget // (5 * len(self.candidates))
         self.measure(self.candidates, self.anchors[:max(1, share)])
-        self.measure([max(self.candidates, key=self.estimate)], self.anchors)
+        self.measure([max(self.candidates, key=lambda c: (self.estimate(c), self.form(c)))], self.anchors)
         shown = {e.problem_id for c in self.candidates for e in c.context.examples}
         known = [p for p in self.anchors if p.id in self.solutions and p.id not in shown]
         known = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
@@ -374,8 +378,17 @@ class Search:
         return (sum(rewards) + 4 * average(everyone or [0.0])) / (len(rewards) + 4)
 
     def form(self, candidate):
-        """The share of its answers that are in the form asked for; of those from the slow phase this is not known."""
-        return average(self.in_form[candidate].values() or [1.0])
+        """The share of its answers that are in the form asked for, (x + 2) / (n + 4) of x in n: 48 of 48 is luck, too."""
+        formed = candidate.formed[self.step].values()
+        return (sum(formed) + 2) / (len(formed) + 4)
+
+    def margin(self, share):
+        """Two standard errors of a share of the anchors."""
+        return 2 * math.sqrt(share * (1 - share) / len(self.anchors))
+
+    def unsolved(self, mean):
+        """Whether so low a mean reward tells nothing: none right is within two standard errors of it."""
+        return mean <= self.margin(mean)
 
     def probe_logprob(self, candidate):
         """How likely known solutions are under it: the sum over probes."""
@@ -402,16 +415,16 @@ class Search:
         parents = [parent for parent in parents if before[parent][0] < len(traces[parent])]   # a perfect one cannot be beaten
 
         # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which
-        #    tells nothing and at a hard start is the rule, two more answers in form suffice, or that known solutions are likelier.
+        #    tells nothing and at a hard start is the rule, it suffices that known solutions are likelier, or, if the parent solves
+        #    next to nothing else, that two more answers are in form.
         children = self.propose(parents, traces, width) if parents else []
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
-            right, in_form = count([next(rollouts) for _ in minibatches[parent]])
-            parent_right, parent_in_form = before[parent]
-            child.reason = (f"{right:g} of {len(minibatches[parent])} right, {in_form} in form, where its parent got {parent_right:g} "
-                            f"and {parent_in_form}")
-            if right > parent_right or (right == parent_right == 0 and (in_form >= parent_in_form + 2
-                                                                        or self.likelier(child.context, parent.context))):
+            (right, formed), (parent_right, parent_formed) = count([next(rollouts) for _ in minibatches[parent]]), before[parent]
+            child.reason = (f"{right:g} of {len(minibatches[parent])} right, {formed} in form, where its parent got {parent_right:g} "
+                            f"and {parent_formed}")
+            in_form = formed >= parent_formed + 2 and self.unsolved(parent.mean(self.step))
+            if right > parent_right or (right == parent_right == 0 and (in_form or self.likelier(child.context, parent.context))):
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -421,7 +434,7 @@ class Search:
         self.measure(best, self.anchors)
         self.contenders += best
         self.waiting = [c for c in self.waiting if c not in best]
-        for child, parent in children:                    # accepted but not yet scored is a success, too
+        for child, parent in children:                    # a success: accepted and not yet scored, or of more promise
             better = child in self.waiting or (child in self.contenders and self.promise(child) > self.promise(parent))
             self.population.operators[child.operator][0 if better else 1] += 1
         return True
@@ -433,11 +446,12 @@ class Search:
         return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
 
     def promise(self, candidate):
-        return self.estimate(candidate), self.form(candidate), self.probe_logprob(candidate)
+        """A key to sort by: the estimate, and where that tells nothing the form of the answers; in ties likelihood."""
+        estimate = self.estimate(candidate)
+        return (0.0, self.form(candidate)) if self.unsolved(estimate) else (estimate, 0.0), self.probe_logprob(candidate)
 
     def draw_parents(self):
-        # parent_weights favours the first of equal means
-        pool = sorted(self.contenders, key=lambda c: (self.form(c), self.probe_logprob(c)), reverse=True)
+        pool = sorted(self.contenders, key=self.promise, reverse=True)                        # of equal means the first is favoured
         weights = parent_weights([[c.scores[self.step].get(p.id) for p in self.anchors] for c in pool])
         return list(dict.fromkeys(self.rng.choices(pool, weights, k=min(3, self.width // 4))))
 
@@ -473,7 +487,8 @@ class Search:
         diff = list(difflib.unified_diff(readable(parent.context), readable(context), n=0, lineterm=""))[2:]
         changes = [f"{line[0]} {line[1:]}" for line in diff if line[0] in "+-"]
         parents = (parent.id, self.partner[context]) if operator == "merge" else (parent.id,)
-        child = Candidate(self.population.proposed, context, parents, operator, verdict, reason, changes, {self.step: {}})
+        child = Candidate(self.population.proposed, context, parents, operator, verdict, reason, changes,
+                          {self.step: {}}, {self.step: {}})
         self.population.proposed += 1
         self.candidates.append(child)
         if verdict != "rejected":                         # a reply that was no prompt does not forbid a prompt of the same text
@@ -512,7 +527,7 @@ class Search:
     def score_probes(self, contexts):
         """Notes how likely the model finds each probe's known solution under each context: the mean log-prob of its tokens. Not
         the probability, in which one easy probe outweighs all others: with GSM8K's long solutions no example would make a
-        visible difference. No prompt contains a probe."""
+        visible difference. No prompt contains a probe. A solution has its working, which brief examples make unlikely."""
         contexts = list(dict.fromkeys(contexts))
         jobs = [(context, problem, answer) for context in contexts for problem, answer in self.probes]
         logprobs = iter(self.likelihood(jobs) if jobs else [])
@@ -540,23 +555,23 @@ class Search:
         return Context(with_lessons(instruction, lessons), context.examples)
 
     def example(self, context, minibatch_ids):
-        """Some of the old examples, joined by new ones, as many as fit: for a small model their number counts more than which they
-        are."""
+        """Other worked examples, as many as fit: for a small model their number counts more than which they are."""
         return self.fit(context.system, self.draw_examples(context, minibatch_ids))
 
     def brief(self, context, minibatch_ids):
-        """The same without their working. Whether this helps is for the task and the model to say (bench/examples.py)."""
+        """Like `example`, without their working. Whether this helps is for the task and the model to say (bench/examples.py)."""
         return self.fit(context.system, list(map(answer_alone, self.draw_examples(context, minibatch_ids))))
 
     def draw_examples(self, context, minibatch_ids):
-        """None is of a problem that is about to score the prompt, or whose likelihood does. New ones are as brief as the old."""
+        """Some of the old examples, or none, joined by new ones, without working if all that stay are. No new one is of a problem
+        that is about to score the prompt, or whose likelihood does."""
         old = list(context.examples)
-        stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2]))
+        stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2, 0]))
         excluded = minibatch_ids | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
         pool = [problem_id for problem_id in self.solutions if problem_id not in excluded]
         added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 2, 4, 8, 16, 32])))
         new = [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added]
-        brief = old and all(example == answer_alone(example) for example in old)
+        brief = stay and all(example == answer_alone(example) for example in stay)
         return stay + (list(map(answer_alone, new)) if brief else new)
 
     def merge(self, context, minibatch_ids):
@@ -586,16 +601,15 @@ class Search:
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
         complete = {c for c in mean if not self.unasked(c, self.anchors)}
 
-        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Likewise, of
-        #    them, by the form of their answers. Of those left the likeliest leads: likelihood tells few worked examples from many,
-        #    which so few rewards cannot. Only a candidate measured on all anchors can lead.
-        def level_with(best, share, among):
-            margin = 2 * math.sqrt(best * (1 - best) / len(self.anchors))
-            return {c for c in among if share(c) >= best - margin}
-
-        level = level_with(max((mean[c] for c in able if c in complete), default=0), mean.get, complete)
-        in_form = level_with(max(map(self.form, level), default=0), self.form, level)
-        rank = lambda c: (c in level, c in in_form, self.probe_logprob(c) if c in level else 0, mean[c])
+        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Where even 0
+        #    is level, the form of the answers decides likewise. Of those left the likeliest leads: likelihood tells few worked
+        #    examples from many, which so few rewards cannot. Only a candidate measured on all anchors can lead.
+        top = max((mean[c] for c in able if c in complete), default=0)
+        level = {c for c in complete if mean[c] >= top - self.margin(top)}
+        if level and self.unsolved(top):
+            top_form = max(map(self.form, level))
+            level = {c for c in level if self.form(c) >= top_form - self.margin(top_form)}
+        rank = lambda c: (c in level, self.probe_logprob(c) if c in level else 0, mean[c])
 
         # 2. A prompt less than half as good as the best would waste the rollouts that it gets: a better one takes its place, even a
         #    second time. Among the others `cover` goes by estimates: a single 0 or 1, drawn towards the candidate's mean as if by
@@ -615,7 +629,7 @@ class Search:
             if c.verdict != "rejected":
                 problems = len(c.scores[self.step])
                 place = f"kept as number {kept.index(c) + 1}" if c in kept else "not kept"
-                told = f"mean {c.mean(self.step) or 0:.2f} on {problems} problems, {self.form(c):.0%} in form"
+                told = f"mean {c.mean(self.step) or 0:.2f} on {problems} problems, {sum(c.formed[self.step].values())} in form"
                 c.reason = "; ".join(filter(None, [c.reason, told, place]))
 
 

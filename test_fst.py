@@ -2324,7 +2324,7 @@ def run_fst(folder, *flags, kill=None, check=True):
         process.wait()
 
 
-CODE = "import sys, rollout\nrollout.extract_answer = lambda text: str(len(text) % 2)\nimport fst\nsys.exit(fst.main())"
+CODE = "import sys, fst, rollout\nrollout.extract_answer = lambda text: str(len(text) % 2)\nsys.exit(fst.main())"
 CLOCKS = ("seconds", "sample_seconds", "train_seconds", "tokens_per_second")
 
 
@@ -3493,7 +3493,7 @@ def test_a_child_no_better_is_accepted_as_often_as_chance_says():
         winners.append(population.candidates[0].mean(0))
     # minibatches are of problems that the parent got wrong once, which for equal prompts changes nothing
     assert asked > 300 and abs(accepted / asked - 0.34) < 0.09
-    assert 0.55 < statistics.mean(winners) < 0.68      # the best of many means flatters: a gain must be measured on fresh problems
+    assert 0.52 < statistics.mean(winners) < 0.68      # the best of many means flatters: a gain must be measured on fresh problems
 
 
 def test_where_nothing_is_right_form_is_accepted_by_luck_as_often_as_chance_says():
@@ -3640,19 +3640,25 @@ def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
 
 
 def test_brief_examples_have_their_answers_alone():
-    """Of the problems that `example` might take; each answer is one that the task calls right. What is drawn beside brief ones is brief."""
-    search, known = searching("", prompt_tokens=600), {p.id: p for p in problems(24)}
+    """Of the problems that `example` might take; each answer is one that the task calls right. What joins brief ones alone is brief, but
+    there is a way back."""
+    search, known = searching("", prompt_tokens=2000), {p.id: p for p in problems(24)}
     search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in known.values()}
     whole = Context("", tuple(search.solutions[f"train/{i}"]["reference"] for i in range(6)))
-    sizes = set()
-    for _ in range(50):
+    answers = lambda examples: {{known[e.problem_id].solution: "whole", f"#### {known[e.problem_id].answer}": "brief"}[e.answer] for e in examples}
+    sizes, seen = set(), set()
+    for _ in range(100):
         context = search.brief(whole, {"train/6", "train/7"})
         sizes.add(len(context.examples))
-        for child in (context, search.example(context, set())):
-            assert all(e.question == known[e.problem_id].question and e.answer == f"#### {known[e.problem_id].answer}" for e in child.examples)
-        assert not {"train/6", "train/7"} & {e.problem_id for e in context.examples}
-        assert all(e.answer == known[e.problem_id].solution for e in search.example(whole, set()).examples)
-    assert min(sizes) <= 5 and max(sizes) == 22
+        assert answers(context.examples) <= {"brief"} and not {"train/6", "train/7"} & {e.problem_id for e in context.examples}
+        assert all(e.question == known[e.problem_id].question for e in context.examples)
+        assert answers([*search.example(whole, set()).examples, *search.example(Context(""), set()).examples]) <= {"whole"}
+        for old in (context.examples, (*context.examples, search.solutions["train/23"]["reference"])):
+            child = search.example(Context("", old), set()).examples
+            stay, new = [e for e in child if e in old], [e for e in child if e not in old]
+            assert answers(new) <= {"brief" if answers(stay) == {"brief"} else "whole"}
+            seen |= {(*answers(stay), *answers(new))}
+    assert min(sizes) <= 5 and max(sizes) == 22 and {("brief", "brief"), ("whole",)} <= seen
     for task in map(get_task, ("arithmetic", "star", "codeio")):
         for p in task.problems("train")[:30]:
             cut = reflect.answer_alone(Example(p.question, p.solution, p.id))
@@ -3661,12 +3667,15 @@ def test_brief_examples_have_their_answers_alone():
     assert reflect.answer_alone(unmarked) == unmarked
 
 
-@pytest.mark.parametrize("of_parent, of_child, likelier, accepted", [
-    (0, 2, False, True), (1, 3, False, True), (0, 1, False, False), (2, 3, False, False), (3, 0, False, False), (3, 0, True, True)])
-def test_where_nothing_is_right_form_or_likelihood_decides(of_parent, of_child, likelier, accepted):
-    """A whole round, in which all rewards are 0: of three answers so many are in form."""
+@pytest.mark.parametrize("parent_solves, of_parent, of_child, likelier, accepted", [
+    (0, 0, 2, False, True), (0, 1, 3, False, True), (0, 0, 1, False, False), (0, 2, 3, False, False), (0, 3, 0, False, False), (0, 3, 0, True, True),
+    (3, 0, 3, False, True), (4, 0, 3, False, False), (4, 0, 0, True, True)])
+def test_where_nothing_is_right_form_or_likelihood_decides(parent_solves, of_parent, of_child, likelier, accepted):
+    """A whole round, in which all rewards are 0: of three answers so many are in form. Form does not count for a parent that solves more
+    of its other 45 problems than chance explains: of 48 in all, 4 of them are 2.09 standard errors, 3 are 1.79."""
     search = searching("parent")
     search.budget, search.probes, (parent,) = 10 ** 6, [], search.candidates
+    parent.scores = {0: {f"other/{i}": float(i < parent_solves) for i in range(45)}}
     given = {"parent": of_parent, "child": of_child}
 
     def ask(jobs, seed):
@@ -3685,24 +3694,28 @@ def test_where_nothing_is_right_form_or_likelihood_decides(of_parent, of_child, 
     search.probe_logprobs[parent.context] = [-1.0, -2.0, -3.0]
     search.ask, search.propose, search.draw_parents = ask, propose, lambda: [parent]
     assert search.round() and (search.candidates[1].verdict == "accepted") == accepted
-    if (of_parent, of_child) == (0, 2):                  # measured on all anchors, it is in form where its parent is not
-        assert search.population.operators["lesson"] == [1, 0]
+    assert f"0 of 3 right, {of_child} in form, where its parent got 0 and {of_parent}" in search.candidates[1].reason
 
 
 def test_of_prompts_that_solve_nothing_those_in_form_are_parents():
     search = searching("first", "second")
     for c, formed, logprob in zip(search.candidates, (10, 46), (-1.0, -2.0)):
         c.scores = {0: {p.id: 0.0 for p in problems(48)}}
-        search.in_form[c] = {p.id: i < formed for i, p in enumerate(problems(48))}
+        c.formed = {0: {p.id: i < formed for i, p in enumerate(problems(48))}}
         search.probe_logprobs[c.context] = [logprob]
     assert [c.context.system for c in search.draw_parents()] == ["second"]
     first, second = search.candidates
-    assert search.promise(second) > search.promise(first) and search.form(second) == 46 / 48
+    assert search.promise(second) > search.promise(first) and search.form(second) == 48 / 52
+    first.scores[0]["train/0"] = 1.0                                                      # a lucky answer changes nothing
+    assert search.estimate(first) > search.estimate(second) and search.promise(second) > search.promise(first)
+    first.scores[0] |= dict.fromkeys([f"train/{i}" for i in range(8)], 1.0)               # eight do
+    assert search.promise(first) > search.promise(second)
     problem, = problems(1)
-    assert search.form(search.add(Context("third"), first, "lesson")) == 1                # nothing known against it
+    third = search.add(Context("third"), first, "lesson")
+    assert search.form(third) == 1 / 2
     for text in ("#### 1", "?"):                                                          # the first answer counts
-        search.record(search.candidates[2], Rollout(problem, Context("third"), (1,), [1], [0.0], text, True, 0.0, "No."))
-    assert search.form(search.candidates[2]) == 1 and search.form(second) == 46 / 48
+        search.record(third, Rollout(problem, Context("third"), (1,), [1], [0.0], text, True, 0.0, "No."))
+    assert search.form(third) == 3 / 5 and third.formed == {0: {problem.id: True}} and search.form(second) == 48 / 52
 
 
 def test_parents_are_of_the_frontier_and_answer_what_they_failed():
@@ -3778,16 +3791,18 @@ def test_no_two_prompts_differ_only_in_order():
 
 
 @pytest.mark.parametrize("right, formed, leads", [
-    ((30, 30, 0), (30, 40, 48), 1),                       # nobody is compared in form with one that is behind in what is right
+    ((30, 24), (47, 48), 0), ((24, 30), (40, 48), 0),     # where rewards tell something, form does not count
+    ((4, 0), (30, 48), 0), ((3, 0), (30, 48), 1),         # 4 of 48 are more than 2 standard errors above none, 3 are not
     ((0, 2), (48, 48), 0), ((10, 30), (48, 48), 1), ((0, 0), (48, 48), 0), ((20, 24), (48, 48), 0), ((48, 48), (48, 48), 0),
-    ((0, 2), (10, 46), 1), ((0, 0), (43, 46), 1), ((0, 0), (44, 46), 0), ((30, 10), (30, 48), 0), ((0, 0), (0, 0), 0)])
+    ((0, 2), (10, 46), 1), ((0, 0), (41, 46), 1), ((0, 0), (43, 46), 0), ((0, 0), (46, 48), 0), ((30, 10), (30, 48), 0), ((0, 0), (0, 0), 0)])
 def test_of_equally_good_prompts_the_likeliest_leads(right, formed, leads):
-    """Prompts, each asked the same 48 problems; under the first known solutions are likeliest. It leads where both have as many right
-    answers within two standard errors, and of these as many in form: of 46 in form, 95.8%, one is 2.9%, so 90.1% or 43.2 are level."""
-    search = searching(*("first", "second", "third")[:len(right)])
-    for c, n, m, logprob in zip(search.candidates, right, formed, (-1.0, -2.0, -3.0)):
+    """Two prompts, each asked the same 48 problems; under the first known solutions are likelier. It leads where both have as many right
+    answers within two standard errors, and, if that is next to none, as many in form: 46 count as 48 of 52, or 92.3% with a standard error
+    of 3.8%, so that 84.6% are level, 44 of 52: 43 of 48 are, 41 are not."""
+    search = searching("first", "second")
+    for c, n, m, logprob in zip(search.candidates, right, formed, (-1.0, -2.0)):
         c.scores = {0: {p.id: float(i < n) for i, p in enumerate(problems(48))}}
-        search.in_form[c] = {p.id: i < m for i, p in enumerate(problems(48))}
+        c.formed = {0: {p.id: i < m for i, p in enumerate(problems(48))}}
         search.probe_logprobs[c.context] = [logprob]
     search.finish(1)
     assert search.population.contexts == [Context(("first", "second")[leads])]
