@@ -3667,11 +3667,11 @@ def test_brief_examples_have_their_answers_alone():
     assert reflect.answer_alone(unmarked) == unmarked
 
 
-@pytest.mark.parametrize("parent_solves, of_parent, of_child, likelier, accepted", [
-    (0, 0, 2, False, True), (0, 1, 3, False, True), (0, 0, 1, False, False), (0, 2, 3, False, False), (0, 3, 0, False, False), (0, 3, 0, True, True),
-    (3, 0, 3, False, True), (4, 0, 3, False, False), (4, 0, 0, True, True)])
-def test_where_nothing_is_right_form_or_likelihood_decides(parent_solves, of_parent, of_child, likelier, accepted):
-    """A whole round, in which all rewards are 0: of three answers so many are in form. Form does not count for a parent that solves more
+@pytest.mark.parametrize("right, parent_solves, of_parent, of_child, likelier, accepted", [
+    (0, 0, 0, 2, False, True), (0, 0, 1, 3, False, True), (0, 0, 0, 1, False, False), (0, 0, 2, 3, False, False), (0, 0, 3, 0, False, False),
+    (0, 0, 3, 0, True, True), (0, 3, 0, 3, False, True), (0, 4, 0, 3, False, False), (0, 4, 0, 0, True, True), (1, 0, 0, 3, True, False)])
+def test_where_nothing_is_right_form_or_likelihood_decides(right, parent_solves, of_parent, of_child, likelier, accepted):
+    """A whole round: of three answers, the parent's and the child's, so many are right, and so many in form. Form does not count for a parent that solves more
     of its other 45 problems than chance explains: of 48 in all, 4 of them are 2.09 standard errors, 3 are 1.79."""
     search = searching("parent")
     search.budget, search.probes, (parent,) = 10 ** 6, [], search.candidates
@@ -3683,7 +3683,8 @@ def test_where_nothing_is_right_form_or_likelihood_decides(parent_solves, of_par
         out = []
         for context, p in jobs:
             seen[context] += 1
-            out.append(Rollout(p, context, (1,), [1], [0.0], "#### 1" if seen[context] <= given[context.system] else "?", True, 0.0, "No."))
+            out.append(Rollout(p, context, (1,), [1], [0.0], "#### 1" if seen[context] <= given[context.system] else "?", True,
+                               float(seen[context] <= right), "No."))
         return out
 
     def propose(parents, traces, width):
@@ -3694,7 +3695,7 @@ def test_where_nothing_is_right_form_or_likelihood_decides(parent_solves, of_par
     search.probe_logprobs[parent.context] = [-1.0, -2.0, -3.0]
     search.ask, search.propose, search.draw_parents = ask, propose, lambda: [parent]
     assert search.round() and (search.candidates[1].verdict == "accepted") == accepted
-    assert f"0 of 3 right, {of_child} in form, where its parent got 0 and {of_parent}" in search.candidates[1].reason
+    assert f"{right} of 3 right, {of_child} in form, where its parent got {right} and {of_parent}" in search.candidates[1].reason
 
 
 def test_of_prompts_that_solve_nothing_those_in_form_are_parents():
@@ -3806,6 +3807,7 @@ def test_of_equally_good_prompts_the_likeliest_leads(right, formed, leads):
         search.probe_logprobs[c.context] = [logprob]
     search.finish(1)
     assert search.population.contexts == [Context(("first", "second")[leads])]
+    assert all(f"on 48 problems, {m} in form" in c.reason for c, m in zip(search.candidates, formed))
 
 
 def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
