@@ -64,6 +64,7 @@ EVAL_FLAGS = {"device", "data", "slots", "micro_batch", "eval_problems", "eval_s
 MOST = 1_000_000          # of any setting that LIMITS does not name: a configuration may come from a stranger
 LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
 MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
+STATE = "state/state.safetensors"                         # in a run's folder
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = {"cispo": (0.0, None), "grpo": (0.8, 1.2), "dapo": (0.8, 1.28), "dr_grpo": (0.8, 1.2)}       # clip range; None: --cap
 CHOICES = {"method": METHODS, "loss": LOSSES, "reflector": ("self", "base"), "dtype": ("auto", "float32", "bfloat16")}
@@ -467,7 +468,7 @@ class Run:
     def __init__(self, config, trained=None):
         """trained: a checkpoint to evaluate; then nothing is learnt."""
         c = self.config = config
-        self.folder, self.state_file = Path(c.out), Path(c.out, "state", "state.safetensors")
+        self.folder, self.state_file = Path(c.out), Path(c.out, STATE)
         self.tasks = tasks_of(c, trained)
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
@@ -1052,7 +1053,7 @@ def open_run(config, overwrite):
             if changed:
                 write_config(folder, config, resolved)
             return resolved, lock
-        if (folder / "state" / "state.safetensors").exists():         # else nothing would be lost
+        if (folder / STATE).exists():                         # else nothing would be lost
             other = ", ".join(f"{key} {vars(before)[key]!r}, now {value!r}" for key, value in changed.items())
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
     known = {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else {"lock"}
