@@ -365,7 +365,7 @@ class Search:
         then measured on all anchors; the others only at the end, if some budget is left. Then the probes are chosen."""
         share = self.budget if len(self.candidates) == 1 else 2 * self.budget // (5 * len(self.candidates))
         self.measure(self.candidates, self.anchors[:max(1, share)])
-        self.measure([max(self.candidates, key=lambda c: (self.estimate(c), self.form(c)))], self.anchors)
+        self.measure([max(self.candidates, key=self.estimate)], self.anchors)
         shown = {e.problem_id for c in self.candidates for e in c.context.examples}
         known = [p for p in self.anchors if p.id in self.solutions and p.id not in shown]
         known = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
@@ -446,9 +446,10 @@ class Search:
         return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
 
     def promise(self, candidate):
-        """A key to sort by: the estimate, and where that tells nothing the form of the answers; in ties likelihood."""
+        """A key to sort by: the estimate; where that tells nothing, and in ties, likelihood. Not the form of the answers: where few are
+        right, that of examples without working is the best, and would lead away from those with it."""
         estimate = self.estimate(candidate)
-        return (0.0, self.form(candidate)) if self.unsolved(estimate) else (estimate, 0.0), self.probe_logprob(candidate)
+        return 0.0 if self.unsolved(estimate) else estimate, self.probe_logprob(candidate)
 
     def draw_parents(self):
         pool = sorted(self.contenders, key=self.promise, reverse=True)                        # of equal means the first is favoured

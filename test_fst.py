@@ -3698,15 +3698,15 @@ def test_where_nothing_is_right_form_or_likelihood_decides(right, parent_solves,
     assert f"{right} of 3 right, {of_child} in form, where its parent got {right} and {of_parent}" in search.candidates[1].reason
 
 
-def test_of_prompts_that_solve_nothing_those_in_form_are_parents():
+def test_of_prompts_that_solve_nothing_the_likeliest_are_parents():
     search = searching("first", "second")
-    for c, formed, logprob in zip(search.candidates, (10, 46), (-1.0, -2.0)):
+    for c, formed, logprob in zip(search.candidates, (46, 10), (-2.0, -1.0)):
         c.scores = {0: {p.id: 0.0 for p in problems(48)}}
         c.formed = {0: {p.id: i < formed for i, p in enumerate(problems(48))}}
         search.probe_logprobs[c.context] = [logprob]
     assert [c.context.system for c in search.draw_parents()] == ["second"]
     first, second = search.candidates
-    assert search.promise(second) > search.promise(first) and search.form(second) == 48 / 52
+    assert search.promise(second) > search.promise(first) and search.form(first) == 48 / 52
     first.scores[0]["train/0"] = 1.0                                                      # a lucky answer changes nothing
     assert search.estimate(first) > search.estimate(second) and search.promise(second) > search.promise(first)
     first.scores[0] |= dict.fromkeys([f"train/{i}" for i in range(8)], 1.0)               # eight do
@@ -3716,7 +3716,34 @@ def test_of_prompts_that_solve_nothing_those_in_form_are_parents():
     assert search.form(third) == 1 / 2
     for text in ("#### 1", "?"):                                                          # the first answer counts
         search.record(third, Rollout(problem, Context("third"), (1,), [1], [0.0], text, True, 0.0, "No."))
-    assert search.form(third) == 3 / 5 and third.formed == {0: {problem.id: True}} and search.form(second) == 48 / 52
+    assert search.form(third) == 3 / 5 and third.formed == {0: {problem.id: True}} and search.form(second) == 12 / 52
+
+
+@pytest.mark.parametrize("whole, brief, found", [((0.2, 0.77), (0.03, 0.97), "whole"), ((0.1, 0.8), (0.5, 1.0), "brief")])
+def test_the_wording_that_solves_more_is_found(whole, brief, found):
+    """SmolLM2 on `arithmetic` and on `star` (bench/examples.py): shares of answers that are right, and in form, under examples with their
+    working and without, from nothing right. Solutions, which have their working, are likelier under the former."""
+    def share(context):
+        cut = [e == reflect.answer_alone(e) for e in context.examples]
+        mix = lambda i: statistics.mean((brief if c else whole)[i] for c in cut) * min(1, len(cut) / 3) if cut else 0.0
+        return mix(0), mix(1), cut.count(False) ** 0.5 - 0.3 * all(cut)
+
+    class Wordings(Model):
+        def ask(self, jobs, seed):
+            out = []
+            for i, r in enumerate(super().ask(jobs, seed)):
+                (right, formed, _), draw = share(r.context), chance(seed, i, r.context, r.problem.id, "wording")
+                feedback = "Correct." if draw < right else f"{FORMAT}\nA reference solution:\n{r.problem.solution}"
+                text = r.problem.solution if draw < right else "#### 1" if draw < formed else "?"
+                out.append(dataclasses.replace(r, text=text, reward=float(draw < right), feedback=feedback))
+            return out
+
+        def likelihood(self, answers):
+            return [0.3 * share(context)[2] + 0.1 * chance(context, p.id) for context, p, _ in answers]
+
+    winners = [run(Wordings(), seed, keep=1, prompt_tokens=220)[0].contexts[0] for seed in range(30)]
+    wordings = [{e == reflect.answer_alone(e) for e in context.examples} for context in winners]
+    assert wordings.count({found == "brief"}) >= 28
 
 
 def test_parents_are_of_the_frontier_and_answer_what_they_failed():
