@@ -3482,7 +3482,7 @@ def test_a_child_no_better_is_accepted_as_often_as_chance_says():
     """All prompts equally good, p = 0.5: P(child > parent on 3) = (1 - 20/64) / 2 = 0.34."""
     asked = accepted = 0
     winners = []
-    for seed in range(40):
+    for seed in range(200):                              # the winners' mean varies by 0.006
         model = Model(base=0.5, example=0, quality=0, lesson=0)
         population, everyone, _ = run(model, seed)
         tested = [c for c in everyone if c.verdict in ("accepted", "failed") and c.scores[0]]
@@ -3493,7 +3493,7 @@ def test_a_child_no_better_is_accepted_as_often_as_chance_says():
         winners.append(population.candidates[0].mean(0))
     # minibatches are of problems that the parent got wrong once, which for equal prompts changes nothing
     assert asked > 300 and abs(accepted / asked - 0.34) < 0.09
-    assert 0.52 < statistics.mean(winners) < 0.68      # the best of many means flatters: a gain must be measured on fresh problems
+    assert 0.55 < statistics.mean(winners) < 0.68      # the best of many means flatters: a gain must be measured on fresh problems
 
 
 def test_where_nothing_is_right_form_is_accepted_by_luck_as_often_as_chance_says():
@@ -3671,8 +3671,8 @@ def test_brief_examples_have_their_answers_alone():
     (0, 0, 0, 2, False, True), (0, 0, 1, 3, False, True), (0, 0, 0, 1, False, False), (0, 0, 2, 3, False, False), (0, 0, 3, 0, False, False),
     (0, 0, 3, 0, True, True), (0, 3, 0, 3, False, True), (0, 4, 0, 3, False, False), (0, 4, 0, 0, True, True), (1, 0, 0, 3, True, False)])
 def test_where_nothing_is_right_form_or_likelihood_decides(right, parent_solves, of_parent, of_child, likelier, accepted):
-    """A whole round: of three answers, the parent's and the child's, so many are right, and so many in form. Form does not count for a parent that solves more
-    of its other 45 problems than chance explains: of 48 in all, 4 of them are 2.09 standard errors, 3 are 1.79."""
+    """A whole round: of three answers, the parent's and the child's, so many are right, and so many in form. Form does not count for a
+    parent that solves more of its other 45 problems than chance explains: of 48 in all, 4 are 2.09 standard errors, 3 are 1.79."""
     search = searching("parent")
     search.budget, search.probes, (parent,) = 10 ** 6, [], search.candidates
     parent.scores = {0: {f"other/{i}": float(i < parent_solves) for i in range(45)}}
@@ -3743,7 +3743,7 @@ def test_the_wording_that_solves_more_is_found(whole, brief, found):
 
     winners = [run(Wordings(), seed, keep=1, prompt_tokens=220)[0].contexts[0] for seed in range(30)]
     wordings = [{e == reflect.answer_alone(e) for e in context.examples} for context in winners]
-    assert wordings.count({found == "brief"}) >= 28
+    assert wordings.count({found == "brief"}) == 30       # 29, were the form of answers to lead the search
 
 
 def test_parents_are_of_the_frontier_and_answer_what_they_failed():

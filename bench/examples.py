@@ -17,8 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from model import load                                                    # noqa: E402
-from reflect import answer_alone, fill                                                  # noqa: E402
-from rollout import Context, Example, Sampler, examine, get_task              # noqa: E402
+from reflect import answer_alone, fill                                    # noqa: E402
+from rollout import Context, Example, Sampler, examine, get_task          # noqa: E402
 from sampler import record                                                # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +50,7 @@ def main():
         room = model.config.context - most - max(len(tokenizer.encode(p.question)) for p in problems)
         for drawn, limit, order, wording in conditions:
             start, contexts = time.perf_counter(), []
-            for draw in range(options.draws):             # the same draws in both orders
+            for draw in range(options.draws):             # the same draws in all orders and wordings
                 rng = random.Random(f"{drawn} {draw}")
                 examples = [Example(p.question, p.solution, p.id) for p in rng.sample(task.problems("train"), drawn)]
                 if wording == "brief":
@@ -64,8 +64,8 @@ def main():
             row = {"task": task.name, "model": options.model, "dtype": options.dtype, "drawn": drawn, "limit": limit, "order": order,
                    "wording": wording, "examples": [len(c.examples) for c in contexts], "prompt_tokens": [count(c) for c in contexts],
                    "problems": len(problems), "max_new_tokens": most, "seconds": time.perf_counter() - start}
-            for name, flag in (("right", lambda r: r.reward), ("in_form", lambda r: r.in_form)):
-                row |= {f"greedy_{name}": share(flag, 0), name: share(flag, 1)}
+            for key, flag in (("right", lambda r: r.reward), ("in_form", lambda r: r.in_form)):
+                row |= {f"greedy_{key}": share(flag, 0), key: share(flag, 1)}
             mean = lambda key: sum(row[key]) / len(row[key])
             print(f"{task.name:12} {limit or 'no limit':>8}  {order:8} of {drawn:2d}, {wording}: {mean('examples'):4.1f} examples  right, greedy and sampled, "
                   f"{mean('greedy_right'):5.1%} {mean('right'):5.1%}  in form {mean('greedy_in_form'):5.1%} {mean('in_form'):5.1%}  {row['seconds']:.0f} s", flush=True)
