@@ -556,24 +556,25 @@ class Search:
         return Context(with_lessons(instruction, lessons), context.examples)
 
     def example(self, context, minibatch_ids):
-        """Other worked examples, as many as fit: for a small model their number counts more than which they are."""
-        return self.fit(context.system, self.draw_examples(context, minibatch_ids))
+        """Other worked examples, with their working where it is known, as many as fit: for a small model their number counts more
+        than which they are (bench/examples.py)."""
+        worked = lambda e: self.solution(e.problem_id) if e == answer_alone(e) and e.problem_id in self.solutions else e
+        return self.fit(context.system, list(map(worked, self.draw_examples(context, minibatch_ids))))
 
     def brief(self, context, minibatch_ids):
         """Like `example`, without their working. Whether this helps is for the task and the model to say (bench/examples.py)."""
         return self.fit(context.system, list(map(answer_alone, self.draw_examples(context, minibatch_ids))))
 
     def draw_examples(self, context, minibatch_ids):
-        """Some of the old examples, or none, joined by new ones, without working if all that stay are. No new one is of a problem
-        that is about to score the prompt, or whose likelihood does."""
+        """Some of the old examples, or none, joined by new ones: none of a problem that is about to score the prompt, or whose
+        likelihood does."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2, 0]))
         excluded = minibatch_ids | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
         pool = [problem_id for problem_id in self.solutions if problem_id not in excluded]
-        added = self.rng.sample(pool, min(len(pool), self.rng.choice([0, 2, 4, 8, 16, 32])))
-        new = [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added]
-        brief = stay and all(example == answer_alone(example) for example in stay)
-        return stay + (list(map(answer_alone, new)) if brief else new)
+        counts = [2, 8, len(pool), len(pool)] + [0] * (len(stay) < len(old))      # often all, of which `fit` takes what has room
+        added = self.rng.sample(pool, min(len(pool), self.rng.choice(counts)))
+        return stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added]
 
     def merge(self, context, minibatch_ids):
         """With another prompt's lessons and examples too."""

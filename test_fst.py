@@ -3640,25 +3640,21 @@ def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
 
 
 def test_brief_examples_have_their_answers_alone():
-    """Of the problems that `example` might take; each answer is one that the task calls right. What joins brief ones alone is brief, but
-    there is a way back."""
+    """Of the problems that `example` might take, each answer one that the task calls right. Of a prompt of either wording, or of both,
+    `brief` makes brief ones, and `example` gives those their working back whose solution is known."""
     search, known = searching("", prompt_tokens=2000), {p.id: p for p in problems(24)}
-    search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in known.values()}
-    whole = Context("", tuple(search.solutions[f"train/{i}"]["reference"] for i in range(6)))
-    answers = lambda examples: {{known[e.problem_id].solution: "whole", f"#### {known[e.problem_id].answer}": "brief"}[e.answer] for e in examples}
-    sizes, seen = set(), set()
+    whole = [Example(p.question, p.solution, p.id) for p in known.values()]
+    cut = [Example(p.question, f"#### {p.answer}", p.id) for p in known.values()]
+    search.solutions = {e.problem_id: {"reference": e} for e in whole[:-1]}               # not that of the last
+    sizes = {search.brief: set(), search.example: set()}
     for _ in range(100):
-        context = search.brief(whole, {"train/6", "train/7"})
-        sizes.add(len(context.examples))
-        assert answers(context.examples) <= {"brief"} and not {"train/6", "train/7"} & {e.problem_id for e in context.examples}
-        assert all(e.question == known[e.problem_id].question for e in context.examples)
-        assert answers([*search.example(whole, set()).examples, *search.example(Context(""), set()).examples]) <= {"whole"}
-        for old in (context.examples, (*context.examples, search.solutions["train/23"]["reference"])):
-            child = search.example(Context("", old), set()).examples
-            stay, new = [e for e in child if e in old], [e for e in child if e not in old]
-            assert answers(new) <= {"brief" if answers(stay) == {"brief"} else "whole"}
-            seen |= {(*answers(stay), *answers(new))}
-    assert min(sizes) <= 5 and max(sizes) == 22 and {("brief", "brief"), ("whole",)} <= seen
+        for old in ((), whole[:6], cut[:6], (*whole[:3], *cut[3:6]), (*cut[:6], cut[-1])):
+            for operator, allowed in ((search.brief, cut), (search.example, [*whole[:-1], cut[-1]])):
+                examples = operator(Context("", tuple(old)), {"train/6", "train/7"}).examples
+                sizes[operator].add(len(examples))
+                assert set(examples) <= set(allowed) and not {"train/6", "train/7"} & {e.problem_id for e in examples}
+                assert cut[-1] not in examples or cut[-1] in old
+    assert all(min(counts) <= 3 and max(counts) == 22 for counts in sizes.values())
     for task in map(get_task, ("arithmetic", "star", "codeio")):
         for p in task.problems("train")[:30]:
             cut = reflect.answer_alone(Example(p.question, p.solution, p.id))
@@ -3719,8 +3715,8 @@ def test_of_prompts_that_solve_nothing_the_likeliest_are_parents():
     assert search.form(third) == 3 / 5 and third.formed == {0: {problem.id: True}} and search.form(second) == 12 / 52
 
 
-@pytest.mark.parametrize("whole, brief, found", [((0.2, 0.77), (0.03, 0.97), "whole"), ((0.1, 0.8), (0.5, 1.0), "brief")])
-def test_the_wording_that_solves_more_is_found(whole, brief, found):
+@pytest.mark.parametrize("whole, brief, found, least", [((0.2, 0.77), (0.03, 0.97), "whole", 100), ((0.1, 0.8), (0.5, 1.0), "brief", 96)])
+def test_the_wording_that_solves_more_is_found(whole, brief, found, least):
     """SmolLM2 on `arithmetic` and on `star` (bench/examples.py): shares of answers that are right, and in form, under examples with their
     working and without, from nothing right. Solutions, which have their working, are likelier under the former."""
     def share(context):
@@ -3741,9 +3737,9 @@ def test_the_wording_that_solves_more_is_found(whole, brief, found):
         def likelihood(self, answers):
             return [0.3 * share(context)[2] + 0.1 * chance(context, p.id) for context, p, _ in answers]
 
-    winners = [run(Wordings(), seed, keep=1, prompt_tokens=220)[0].contexts[0] for seed in range(30)]
+    winners = [run(Wordings(), seed, keep=1, prompt_tokens=220)[0].contexts[0] for seed in range(100)]
     wordings = [{e == reflect.answer_alone(e) for e in context.examples} for context in winners]
-    assert wordings.count({found == "brief"}) == 30       # 29, were the form of answers to lead the search
+    assert wordings.count({found == "brief"}) >= least    # 99 of 100 whole, were the form of answers to lead the search
 
 
 def test_parents_are_of_the_frontier_and_answer_what_they_failed():
