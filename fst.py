@@ -534,10 +534,10 @@ class Run:
         self.spent["slow_tokens"] += tokens
         head = {"task": self.tasks[task].name, "step": self.steps_done() + 1}
         ids = {x.context: x.id for x in self.population.candidates}
-        # to read: of one group the first, of the next the second, so that each prompt is seen
+        # to read: of one group an answer under the first prompt, of the next one under the second, and so on
         self.journal("rollouts.jsonl", *[{**head, "problem": r.problem.id, "prompt": ids.get(context), "question": r.problem.question,
                                           "text": r.text, "reward": r.reward, "feedback": r.feedback, "stopped": r.stopped}
-                                         for (context, _), r in list(zip(jobs, rollouts))[::c.group + 1]])
+                                         for (context, _), r in list(zip(jobs, rollouts))[::c.group + c.group // len(contexts)]])
         return {"kind": "step", **head, "reward": rewards.mean().item(),
                 "flat": (rewards == rewards[:, :1]).all(1).float().mean().item(),
                 "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts),
@@ -879,10 +879,10 @@ def table(row):
 
 
 def describe(row):
-    value = lambda key: row.get(key, math.nan)            # a refused update lacks some, as a prompt that no anchor may score
+    value = lambda key: row.get(key, math.nan)            # a refused update lacks some
     if row["kind"] == "step":
-        learnt = (f"entropy {value('entropy'):.2f}  KL reference {value('kl_reference'):.4f}  |grad| {value('gradient_norm'):.2f}  "
-                  f"lr {value('lr'):.1e}")
+        reference = f"KL reference {row['kl_reference']:.4f}  " if "kl_reference" in row else ""
+        learnt = f"entropy {value('entropy'):.2f}  {reference}|grad| {value('gradient_norm'):.2f}  lr {value('lr'):.1e}"
         return (f"step {row['step']:5d}  reward {row['reward']:.3f}  flat {row['flat']:.0%}  finished {row['finished']:.0%}  "
                 f"length {row['length']:.0f}  {learnt if row['trained_rows'] else 'no signal: nothing moves'}  "
                 f"{row['tokens_per_second']:.0f} tok/s  {row['sample_seconds']:.0f}+{row['train_seconds']:.0f} s")
@@ -891,8 +891,9 @@ def describe(row):
                 f"best prompt {row['greedy']:.1%} greedy, {row['mean']:.1%} sampled; "
                 f"seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; "
                 f"KL to base {row['kl_base']:.4f}  ({row['seconds']:.0f} s)")
+    best = f"best prompt right on {row['best']:.1%} of the anchors that may score it, " if "best" in row else ""
     return (f"fast {row['cycle']:5d}  {row['candidates']} candidates, {row['accepted']} accepted, {row['rollouts_used']} rollouts; "
-            f"best prompt {value('best'):.1%} of the anchors, kept {row['kept']}  {row['seconds']:.0f} s")
+            f"{best}kept {row['kept']}  {row['seconds']:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1127,7 +1128,7 @@ def complain(text):
 
 
 def main(argv=None):
-    """Exit status: 0 done, 2 bad input or a failure that is named, 130 interrupted after saving."""
+    """Exit status: 0 done, 2 bad input or a failure that is named, 130 interrupted: after saving, unless Ctrl-C came twice."""
     handlers = {}
     try:
         config, actions = parse(argv)

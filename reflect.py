@@ -9,8 +9,8 @@ takes the K prompts of the last cycle and the problems of the next one, the anch
                of them. A child that beats its parent strictly on the same minibatch is accepted (or, where neither solves any
                of it, one under which known solutions are likelier, or more answers in the form asked for), and the most
                promising of the accepted are scored on all anchors, without which a prompt cannot win.
-  3. keep      The best prompt, of equally good ones the likeliest (where nothing is right: of those in form), then those that add
-               most to what the kept ones solve.
+  3. keep      Of the prompts that cannot be told from the best, the one under which known solutions are likeliest (where nothing is
+               right, only among those whose answers are in form); then those that add most to what the kept ones solve.
 
 The operators: `rewrite`, the model reads the prompt and rollouts with feedback and writes a better prompt; `lesson`, a general
 sentence of the grader's feedback; `example`, other worked examples, from solutions that the feedback gave away or that the model
@@ -21,7 +21,6 @@ After GEPA (arXiv 2507.19457). What differs, as a small model rewrites badly and
 children a round, estimates instead of raw scores, and, where no rollout is right, the likelihood of known solutions and the form
 of the answers.
 """
-import difflib
 import math
 import random
 import re
@@ -313,7 +312,7 @@ class Search:
         self.rng = random.Random(f"{seed} {step}")
         self.anchors = list({p.id: p for p in anchors}.values())
         self.rng.shuffle(self.anchors)                                  # so that the first n are a random sample
-        self.width = max(4, min(16, len(anchors) // 6))                 # children asked a round
+        self.width = max(4, min(16, len(self.anchors) // 6))                 # children asked a round
         self.candidates = list(dict.fromkeys(population.candidates))
         self.seen = {content(c.context) for c in self.candidates}
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
@@ -322,6 +321,8 @@ class Search:
         self.partner = {}                                               # merged context -> id of its second parent
         self.sentences = []                                             # of the feedback, general enough to be lessons
         self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
+        answers = Counter(p.answer for p in self.anchors)               # a word that answers several problems gives none of them away
+        self.labels = {(p.id, "answer") for p in self.anchors if answers[p.answer] > 1 and not re.search(r"\d", p.answer)}
         ids = {p.id for p in self.anchors}
         for c in self.candidates:                                       # scores of other weights or problems do not count
             now = lambda cells: {step: {p: cell for p, cell in cells.get(step, {}).items() if p in ids}}
@@ -378,19 +379,19 @@ class Search:
         return (sum(rewards) + 4 * average(everyone or [0.0])) / (len(rewards) + 4)
 
     def form(self, candidate):
-        """The share of its answers that are in the form asked for, (x + 2) / (n + 4) of x in n: 48 of 48 is luck, too."""
+        """The share of its answers in the form asked for, drawn towards one half as if by 4 more: that all of 48 are is partly luck."""
         formed = candidate.formed[self.step].values()
         return (sum(formed) + 2) / (len(formed) + 4)
 
     def margin(self, share):
-        """Two standard errors of a share of the anchors."""
+        """Two standard errors of a share, as if it were of all anchors."""
         return 2 * math.sqrt(share * (1 - share) / len(self.anchors))
 
     def unsolved(self, mean):
-        """Whether so low a mean reward tells nothing: none right is within two standard errors of it."""
+        """Whether so low a mean reward cannot be told from 0, which is within the margin."""
         return mean <= self.margin(mean)
 
-    def probe_logprob(self, candidate):
+    def known_logprob(self, candidate):
         """How likely known solutions are under it: the sum over probes."""
         return sum(self.probe_logprobs[candidate.context])
 
@@ -423,8 +424,8 @@ class Search:
             (right, formed), (parent_right, parent_formed) = count([next(rollouts) for _ in minibatches[parent]]), before[parent]
             child.reason = (f"{right:g} of {len(minibatches[parent])} right, {formed} in form, where its parent got {parent_right:g} "
                             f"and {parent_formed}")
-            in_form = formed >= parent_formed + 2 and self.unsolved(parent.mean(self.step))
-            if right > parent_right or (right == parent_right == 0 and (in_form or self.likelier(child.context, parent.context))):
+            tidier = formed >= parent_formed + 2 and self.unsolved(parent.mean(self.step))
+            if right > parent_right or (right == parent_right == 0 and (tidier or self.likelier(child.context, parent.context))):
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -434,9 +435,8 @@ class Search:
         self.measure(best, self.anchors)
         self.contenders += best
         self.waiting = [c for c in self.waiting if c not in best]
-        for child, parent in children:                    # a success: accepted and not yet scored, or of more promise
-            better = child in self.waiting or (child in self.contenders and self.promise(child) > self.promise(parent))
-            self.population.operators[child.operator][0 if better else 1] += 1
+        for child, _ in children:
+            self.population.operators[child.operator][child.verdict != "accepted"] += 1                  # [successes, failures]
         return True
 
     def minibatch(self, parent):
@@ -446,10 +446,10 @@ class Search:
         return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
 
     def promise(self, candidate):
-        """A key to sort by: the estimate; where that tells nothing, and in ties, likelihood. Not the form of the answers: where few are
-        right, that of examples without working is the best, and would lead away from those with it."""
+        """A key to sort by: the estimate, 0 where it cannot be told from 0; then the likelihood of known solutions. Not the form of
+        the answers: that is best under examples without working, which would crowd out those with it where few answers are right."""
         estimate = self.estimate(candidate)
-        return 0.0 if self.unsolved(estimate) else estimate, self.probe_logprob(candidate)
+        return (0.0 if self.unsolved(estimate) else estimate), self.known_logprob(candidate)
 
     def draw_parents(self):
         pool = sorted(self.contenders, key=self.promise, reverse=True)                        # of equal means the first is favoured
@@ -462,8 +462,9 @@ class Search:
         """Up to `width` children to be asked: list of (candidate, parent). traces: the rollouts of each parent's minibatch."""
         sentences = map(printable, general_sentences(self.feedback))
         self.sentences = [s for s in sentences if not leaks(s, self.anchors) and not MARKUP.search(s)]
-        names = [name for name, record in self.population.operators.items() if not any(record)]       # each has a first chance
-        names = [*names, *(self.draw_operator() for _ in range(width - len(names)))][:width]
+        able = OPERATORS if len(self.contenders) > 1 else OPERATORS[:-1]          # a merge takes two prompts
+        names = [name for name in able if not any(self.population.operators[name])]                   # each has a first chance
+        names = [*names, *(self.draw_operator(able) for _ in range(width - len(names)))][:width]
         slots = Counter((name, self.rng.choice(parents)) for name in names)       # (operator, parent) -> number of children
 
         asked = [parent for name, parent in slots.elements() if name == "rewrite"]
@@ -472,21 +473,22 @@ class Search:
         self.score_probes([child.context for child, _ in children if child.verdict != "rejected"])
         for child, _ in children:
             if child.verdict == "rejected":               # its place goes to another operator
-                slots[self.draw_operator(OPERATORS[1:]), self.rng.choice(parents)] += 1
+                slots[self.draw_operator(able[1:]), self.rng.choice(parents)] += 1
         for (name, parent), n in slots.items():
             if name != "rewrite":
                 minibatch_ids = {r.problem.id for r in traces[parent]}
                 children += [(child, parent) for child in self.offspring(name, parent, minibatch_ids, n)]
         return [(child, parent) for child, parent in children if child.verdict != "rejected"]
 
-    def draw_operator(self, operators=OPERATORS):
+    def draw_operator(self, operators):
         """Thompson sampling: the operator whose success rate, drawn from its Beta posterior, is the highest."""
         return max(operators, key=lambda name: self.rng.betavariate(*(1 + n for n in self.population.operators[name])))
 
     def add(self, context, parent, operator, verdict="failed", reason=""):
         """A new candidate. "failed" stays its verdict unless it passes the gate."""
-        diff = list(difflib.unified_diff(readable(parent.context), readable(context), n=0, lineterm=""))[2:]
-        changes = [f"{line[0]} {line[1:]}" for line in diff if line[0] in "+-"]
+        old, new = readable(parent.context), readable(context)
+        gone, come = set(old) - set(new), set(new) - set(old)           # as sets: the order of examples is drawn anew
+        changes = [f"- {line}" for line in old if line in gone] + [f"+ {line}" for line in new if line in come]
         parents = (parent.id, self.partner[context]) if operator == "merge" else (parent.id,)
         child = Candidate(self.population.proposed, context, parents, operator, verdict, reason, changes,
                           {self.step: {}}, {self.step: {}})
@@ -507,7 +509,7 @@ class Search:
                 raise ValueError("proposed before")
             if (size := self.count_tokens(context)) > self.prompt_tokens:
                 raise ValueError(f"too long: {size} tokens with its examples")
-            if found := leaks(system, self.anchors) - leaks(parent.context.system, self.anchors):
+            if found := leaks(system, self.anchors) - leaks(parent.context.system, self.anchors) - self.labels:
                 raise ValueError(f"copies the {', '.join(sorted({kind for _, kind in found}))} of an anchor problem")
         except ValueError as error:
             self.population.operators["rewrite"][1] += 1
@@ -553,7 +555,7 @@ class Search:
             lessons.remove(self.rng.choice(lessons))
         elif new:
             lessons.append(self.rng.choice(new))
-        return Context(with_lessons(instruction, lessons), context.examples)
+        return fill(with_lessons(instruction, lessons), context.examples, self.count_tokens, self.prompt_tokens)
 
     def example(self, context, minibatch_ids):
         """Other worked examples, with their working where it is known, as many as fit: for a small model their number counts more
@@ -578,7 +580,7 @@ class Search:
 
     def merge(self, context, minibatch_ids):
         """With another prompt's lessons and examples too."""
-        other = self.rng.choice(self.contenders)
+        other = self.rng.choice([c for c in self.contenders if c.context != context] or self.contenders)
         (instruction, lessons), (_, more) = lessons_of(context.system), lessons_of(other.context.system)
         lessons += [lesson for lesson in more if lesson not in lessons]
         excluded = minibatch_ids | {e.problem_id for e in context.examples}
@@ -601,17 +603,18 @@ class Search:
         able = self.contenders + self.waiting             # accepted or carried; the others only fill empty places
         self.measure(sorted(able, key=self.promise, reverse=True), self.anchors)
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
-        complete = {c for c in mean if not self.unasked(c, self.anchors)}
+        complete = [c for c in able if not self.unasked(c, self.anchors)]
 
-        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Where even 0
-        #    is level, the form of the answers decides likewise. Of those left the likeliest leads: likelihood tells few worked
-        #    examples from many, which so few rewards cannot. Only a candidate measured on all anchors can lead.
-        top = max((mean[c] for c in able if c in complete), default=0)
+        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Where 0 is
+        #    level, too, the form of the answers decides in the same way. Of those left, the one under which known solutions are
+        #    likeliest leads: likelihood tells few worked examples from many, which so few rewards cannot. Only a candidate measured
+        #    on all anchors can lead.
+        top = max(map(mean.get, complete), default=0.0)
         level = {c for c in complete if mean[c] >= top - self.margin(top)}
         if level and self.unsolved(top):
             top_form = max(map(self.form, level))
             level = {c for c in level if self.form(c) >= top_form - self.margin(top_form)}
-        rank = lambda c: (c in level, self.probe_logprob(c) if c in level else 0, mean[c])
+        rank = lambda c: (c in level, self.known_logprob(c) if c in level else 0, mean[c])
 
         # 2. A prompt less than half as good as the best would waste the rollouts that it gets: a better one takes its place, even a
         #    second time. Among the others `cover` goes by estimates: a single 0 or 1, drawn towards the candidate's mean as if by
@@ -631,7 +634,8 @@ class Search:
             if c.verdict != "rejected":
                 problems = len(c.scores[self.step])
                 place = f"kept as number {kept.index(c) + 1}" if c in kept else "not kept"
-                told = f"mean {c.mean(self.step) or 0:.2f} on {problems} problems, {sum(c.formed[self.step].values())} in form"
+                told = (f"mean {c.mean(self.step):.2f} on {problems} problems, {sum(c.formed[self.step].values())} in form" if problems
+                        else "asked no problem")
                 c.reason = "; ".join(filter(None, [c.reason, told, place]))
 
 

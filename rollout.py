@@ -149,7 +149,7 @@ class Task:
         """Reward 1 if the text after the last `####` is right. stopped=False: it was cut off at the length limit."""
         given, reward = extract_answer(text), 0.0
         if given is None:
-            feedback = f"The response has no final answer: it must end in a line '#### ' followed by {self.asked}."
+            feedback = f"The response lacks a final answer: it must end in a line '#### ' followed by {self.asked}."
         elif self.correct(problem, given):
             reward, feedback = 1.0, f"Correct: the answer is {problem.answer}."
         else:       # without control characters: it may end up in a prompt or on a terminal
@@ -591,8 +591,9 @@ class Sampler:
                 if not out_of_memory(error) or slots < 2:
                     raise
             slots //= 2                                   # not in the handler above, where the failed pass still holds its memory
+            self.slots = slots
             torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: sampling these again with {slots} slots")
+            tqdm.write(f"out of memory: sampling these again, and going on, with {slots} slots")
         return []
 
     @torch.no_grad()

@@ -831,11 +831,11 @@ def test_feedback():
         return grade.reward, first
 
     assert graded("#### 26 books") == (1.0, "Correct: the answer is 26.")
-    assert graded("It is 26.") == (0.0, "The response has no final answer: it must end in a line '#### ' followed by "
+    assert graded("It is 26.") == (0.0, "The response lacks a final answer: it must end in a line '#### ' followed by "
                                         "the number and nothing else.")
     assert graded("#### 24") == (0.0, "The answer '24' is wrong: the right answer is 26.")
     reward, first = graded("Let me think about", stopped=False)
-    assert reward == 0 and "no final answer" in first and "cut off at the length limit" in first
+    assert reward == 0 and "lacks a final answer" in first and "cut off at the length limit" in first
     reward, first = graded("#### 26\nAnd another question:", stopped=False)
     assert reward == 1 and "Correct" in first and "cut off at the length limit" in first
     reward, first = graded("#### \x1b[31m24\x07\u202e" + "9" * 10_000)         # a terminal or a prompt may show it
@@ -1385,11 +1385,11 @@ def test_sampling_out_of_memory_begins_again_with_half_the_slots(tiny, monkeypat
 
     monkeypatch.setattr(sampler, "decode", decode)
     ours.train()
-    assert sampler.generate(prompts, 12, seed=1) == wanted and tried == [8, 4] and sampler.slots == 64 and ours.training
+    assert sampler.generate(prompts, 12, seed=1) == wanted and tried == [8, 4] and sampler.slots == 2 and ours.training
     room[0] = 0
     with pytest.raises(torch.OutOfMemoryError):
         sampler.generate(prompts, 12, seed=1)
-    assert tried[2:] == [8, 4, 2, 1] and ours.training and sampler.graph is None
+    assert tried[2:] == [2, 1] and ours.training and sampler.graph is None
 
 
 def test_the_prefill_keeps_no_more_than_keys_and_values(tiny, monkeypatch):
@@ -1747,7 +1747,7 @@ def test_a_prompt_that_no_anchor_may_score(tiny_run):
     everything = tuple(Example(p.question, "#### 1", p.id) for p in run.tasks[0].problems("train"))
     run.population = Population([Context("", everything)])
     row = run.fast(0, 0)
-    assert "best" not in row and row["kept"] == [0] and "best prompt nan%" in fst.describe(row)
+    assert "best" not in row and row["kept"] == [0] and "0 rollouts; kept [0]" in fst.describe(row)
 
 
 def test_what_a_fast_phase_gives_to_the_search(tiny_run, monkeypatch):
@@ -1975,8 +1975,8 @@ def test_each_row_is_trained_under_its_own_prompt(tiny_run):
     assert len(seen[2].context.examples) == 1 and len(seen[6].context.examples) == 2
     assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in seen)
     kept = fst.read_rows(run.folder / "rollouts.jsonl")
-    assert [(r["problem"], r["question"], r["text"]) for r in kept] == [(r.problem.id, r.problem.question, r.text) for r in seen[::5]]
-    assert [r["prompt"] for r in kept] == [0, 0, 1] and {r["step"] for r in kept} == {row["step"]} == {1}     # the 0th, 1st, 2nd of a group
+    assert [(r["problem"], r["question"], r["text"]) for r in kept] == [(r.problem.id, r.problem.question, r.text) for r in (seen[0], seen[6])]
+    assert [r["prompt"] for r in kept] == [0, 1] and {r["step"] for r in kept} == {row["step"]} == {1}      # under one prompt after the other
     run.batch = lambda *_: problems
     run.slow(0, 1)
     assert all(a.prompt == b.prompt and a.tokens != b.tokens for a, b in zip(seen[:12], seen[12:]))
@@ -3500,14 +3500,15 @@ def test_where_nothing_is_right_form_is_accepted_by_luck_as_often_as_chance_says
     """All answers wrong, each in form with p = 0.5 whatever the prompt: P(child's of 3 >= parent's + 2) = 7/64 = 0.11."""
     class Wrong(Model):
         def ask(self, jobs, seed):
-            return [dataclasses.replace(r, text=("?", "#### 1")[chance(seed, i, "form") < 0.5]) for i, r in enumerate(super().ask(jobs, seed))]
+            return [dataclasses.replace(r, text=("?", "#### 1")[chance(number, seed, i, "form") < 0.5])
+                    for i, r in enumerate(super().ask(jobs, seed))]
 
     tested = []
-    for seed in range(40):
-        _, everyone, _ = run(Wrong(example=0, quality=0, lesson=0), seed, likely=False)
+    for number in range(100):
+        _, everyone, _ = run(Wrong(example=0, quality=0, lesson=0), number, likely=False)
         tested += [c for c in everyone if c.verdict in ("accepted", "failed") and c.scores[0]]
     accepted = sum(c.verdict == "accepted" for c in tested)
-    assert len(tested) > 300 and abs(accepted / len(tested) - 7 / 64) < 0.06
+    assert len(tested) > 2000 and abs(accepted / len(tested) - 7 / 64) < 0.02
     assert all(c.reason.startswith("0 of 3 right, ") for c in tested)
 
 
@@ -3552,7 +3553,7 @@ def test_a_good_rewrite_wins_and_its_operator_is_drawn_more():
     assert chat[1]["content"].count("Feedback:") == 3 and FORMAT in chat[1]["content"]
     search = reflect.Search(population, problems(8), model.ask, model.write, None, count, 40, 0, 0, 1024)
     search.population.operators = {name: [1, 20] for name in reflect.OPERATORS} | {"rewrite": [20, 5]}
-    drawn = [search.draw_operator() for _ in range(200)]
+    drawn = [search.draw_operator(reflect.OPERATORS) for _ in range(200)]
     assert drawn.count("rewrite") > 190
 
 
@@ -3799,7 +3800,7 @@ def test_the_place_of_a_rejected_rewrite_goes_to_another_operator():
     search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(24)}
     search.write = lambda chats, seed: [("no fence", True)] * len(chats)
     places = iter(["rewrite", "rewrite", "rewrite", "example"])              # what is drawn for the round, then for the three places
-    search.draw_operator = lambda operators=reflect.OPERATORS: "example" if "rewrite" not in operators else next(places)
+    search.draw_operator = lambda operators: "example" if "rewrite" not in operators else next(places)
     search.population.operators = {name: [1, 1] for name in reflect.OPERATORS}
     children = search.propose([parent], {parent: []}, 4)
     rejected = [c for c in search.candidates if c.verdict == "rejected"]
@@ -3844,6 +3845,61 @@ def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
     assert charged == {"rewrite": 0, "lesson": 2, "example": 40 - len(children), "brief": 0, "merge": 3}
 
 
+def test_an_operators_success_is_an_accepted_child():
+    """Whatever becomes of the child later: only the most promising are scored on all anchors, and those must not count for less."""
+    for seed in range(6):
+        population = Population([Context("You are a helpful assistant.")])
+        search = reflect.Search(population, problems(48), *(model := Model(), model.ask, model.write, model.likelihood)[1:], count, 240, 0, seed, 1024)
+        search.measure_carried()
+        while (before := json.loads(json.dumps(population.operators)), known := len(search.candidates)) and search.round():
+            for name, (good, _) in population.operators.items():
+                mine = [c for c in search.candidates[known:] if c.operator == name]
+                assert good - before[name][0] == sum(c.verdict == "accepted" for c in mine)
+
+
+def test_a_merge_takes_two_prompts():
+    """With one alone it is not drawn, nor charged; it never takes its own parent, where there is another."""
+    _, everyone, _ = run(Model(), 0, budget=48 + 3 * 9 + 48)
+    assert {c.operator for c in everyone} >= {"lesson", "example", "brief"}
+    search = searching("")
+    search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(24)}
+    search.probes, (parent,), drawn = [], search.candidates, []
+    search.draw_operator = lambda operators: drawn.append(operators) or "example"
+    search.population.operators = {name: [1, 1] for name in reflect.OPERATORS}
+    search.propose([parent], {parent: []}, 4)
+    assert len(drawn) == 4 and not any("merge" in operators for operators in drawn)
+    search.contenders.append(search.add(Context("other"), parent, "rewrite"))
+    search.propose([parent], {parent: []}, 4)
+    assert len(drawn) == 8 and all("merge" in operators for operators in drawn[4:])
+    search.partner = {}
+    for _ in range(20):
+        search.merge(Context("third"), set())
+        search.merge(parent.context, set())
+    assert set(search.partner.values()) <= {0, 1} and search.partner.get(parent.context) != 0
+
+
+def test_a_lesson_makes_room_for_itself():
+    """Under examples that fill the limit: one of them goes, the others stay in their order."""
+    search = searching("")
+    examples = tuple(Example(p.question, p.solution, p.id) for p in problems(12))
+    full = reflect.fill("", examples, count, 200)
+    search.sentences, search.prompt_tokens = [FORMAT], count(full)
+    child = search.lesson(full, set())
+    assert lessons_of(child.system)[1] == [FORMAT] and count(child) <= count(full)
+    assert 0 < len(child.examples) < len(full.examples) and list(child.examples) == [e for e in full.examples if e in child.examples]
+
+
+def test_a_rewrite_may_name_the_words_that_all_answers_are_of():
+    """Yes or no, told of many problems, give none away; a number may be anybody's, and one problem's own word is its own."""
+    anchors = [Problem(f"{i}", f"Is box {i} the heavier of the two?", ("yes", "no")[i % 2]) for i in range(6)]
+    anchors += [Problem("a", "Who?", "Ada"), Problem("b", "How many?", "12"), Problem("c", "How many more?", "12")]
+    search = reflect.Search(Population([Context("Answer.")]), anchors, None, None, None, count, 0, 0, 0, 200)
+    parent, = search.candidates
+    reply = lambda text: search.rewrite(parent, f"```\n{text}\n```", True)
+    assert reply("Answer yes or no.").verdict == "failed"              # as a child not asked yet
+    assert reply("Answer Ada.").verdict == reply("Answer 12.").verdict == "rejected"
+
+
 def test_who_is_less_than_half_as_good_as_the_best_is_not_kept():
     for seed in range(6):
         population, _, _ = run(Model(base=0.0, example=0.1, quality=0), seed)
@@ -3878,7 +3934,7 @@ def test_what_changed_is_told_of_hundreds_of_lines():
     search = searching("\n".join(f"rule {i:03}: x" for i in range(400)) + "\n" * 500 + "-- b")
     start = time.perf_counter()
     child = search.add(Context("\n".join(f"rule {i:03}: {'y' if i == 7 else 'x'}" for i in range(400)) + "\n" * 500 + "++ b"), search.candidates[0], "rewrite")
-    assert child.changes == ["- rule 007: x", "+ rule 007: y", "- -- b", "+ ++ b"] and time.perf_counter() - start < 5
+    assert child.changes == ["- rule 007: x", "- -- b", "+ rule 007: y", "+ ++ b"] and time.perf_counter() - start < 5
 
 
 def test_show_tells_the_tree_without_control_characters():
