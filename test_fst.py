@@ -3889,8 +3889,9 @@ def test_a_lesson_makes_room_for_itself():
     assert 0 < len(child.examples) < len(full.examples) and list(child.examples) == [e for e in full.examples if e in child.examples]
 
 
-def test_a_rewrite_may_name_the_words_that_all_answers_are_of():
-    """Yes or no, told of many problems, give none away; a number may be anybody's, and one problem's own word is its own."""
+def test_a_rewrite_may_name_the_words_that_all_answers_are_of(tmp_path):
+    """Yes or no, told of many problems, give none away; a number may be anybody's, and one problem's own word is its own. The grader's
+    sentence on the form, which a lesson is made of, holds neither."""
     anchors = [Problem(f"{i}", f"Is box {i} the heavier of the two?", ("yes", "no")[i % 2]) for i in range(6)]
     anchors += [Problem("a", "Who?", "Ada"), Problem("b", "How many?", "12"), Problem("c", "How many more?", "12")]
     search = reflect.Search(Population([Context("Answer.")]), anchors, None, None, None, count, 0, 0, 0, 200)
@@ -3898,6 +3899,12 @@ def test_a_rewrite_may_name_the_words_that_all_answers_are_of():
     reply = lambda text: search.rewrite(parent, f"```\n{text}\n```", True)
     assert reply("Answer yes or no.").verdict == "failed"              # as a child not asked yet
     assert reply("Answer Ada.").verdict == reply("Answer 12.").verdict == "rejected"
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{p.question} {split}", "answer": p.answer, "split": split}) + "\n"
+                            for p in anchors for split in ("train", "val", "test")))
+    task = get_task(f"jsonl:{path}")
+    told = {p.id: [task.grade(p, "It is.", True).feedback] for p in task.problems("train")}
+    assert len(sentences := general_sentences(told)) == 1 and not leaks(sentences[0], task.problems("train")[:6])
 
 
 def test_who_is_less_than_half_as_good_as_the_best_is_not_kept():
