@@ -312,7 +312,7 @@ class Search:
         self.rng = random.Random(f"{seed} {step}")
         self.anchors = list({p.id: p for p in anchors}.values())
         self.rng.shuffle(self.anchors)                                  # so that the first n are a random sample
-        self.width = max(4, min(16, len(self.anchors) // 6))                 # children asked a round
+        self.width = max(4, min(16, len(self.anchors) // 6))            # children asked a round
         self.candidates = list(dict.fromkeys(population.candidates))
         self.seen = {content(c.context) for c in self.candidates}
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
@@ -436,7 +436,7 @@ class Search:
         self.contenders += best
         self.waiting = [c for c in self.waiting if c not in best]
         for child, _ in children:
-            self.population.operators[child.operator][child.verdict != "accepted"] += 1                  # [successes, failures]
+            self.population.operators[child.operator][child.verdict != "accepted"] += 1       # [successes, failures]
         return True
 
     def minibatch(self, parent):
