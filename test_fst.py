@@ -3834,6 +3834,31 @@ def test_of_equally_good_prompts_the_likeliest_leads(right, formed, leads):
     assert all(f"on 48 problems, {m} in form" in c.reason for c, m in zip(search.candidates, formed))
 
 
+def test_what_failed_at_the_gate_sets_no_standard_of_form():
+    """Nothing is right. A child with all of its answers in form that was not accepted cannot lead: of the others the tidier does."""
+    search = searching("carried")
+    carried, = search.candidates
+    failed, accepted = (search.add(Context(name), carried, "rewrite", name) for name in ("failed", "accepted"))
+    search.contenders.append(accepted)
+    for c, formed, logprob in ((carried, 2, -1.0), (failed, 48, -3.0), (accepted, 30, -2.0)):
+        c.scores = {0: {p.id: 0.0 for p in problems(48)}}
+        c.formed = {0: {p.id: i < formed for i, p in enumerate(problems(48))}}
+        search.probe_logprobs[c.context] = [logprob]
+    search.finish(1)
+    assert search.population.candidates == [accepted]
+
+
+def test_half_of_the_drafts_ask_for_all_that_fit_and_none_is_a_mere_reordering():
+    search = searching("", prompt_tokens=100_000)
+    search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(40)}
+    sizes = Counter(len(search.example(Context(""), set()).examples) for _ in range(400))
+    assert sizes.keys() == {2, 8, 40} and 160 < sizes[40] < 240          # 4 standard deviations around 200
+    old = Context("", tuple(solutions["reference"] for solutions in list(search.solutions.values())[:6]))
+    drafts = [search.example(old, set()) for _ in range(400)]
+    assert all(reflect.content(draft) != reflect.content(old) for draft in drafts)
+    assert min(len(draft.examples) for draft in drafts) == 0             # fewer, too
+
+
 def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
     search = searching("Be brief.")
     parent = search.candidates[0]
@@ -3872,10 +3897,9 @@ def test_a_merge_takes_two_prompts():
     search.propose([parent], {parent: []}, 4)
     assert len(drawn) == 8 and all("merge" in operators for operators in drawn[4:])
     search.partner = {}
-    for _ in range(20):
-        search.merge(Context("third"), set())
-        search.merge(parent.context, set())
-    assert set(search.partner.values()) <= {0, 1} and search.partner.get(parent.context) != 0
+    lesson = Context(f"- {FORMAT}")
+    search.contenders[1:] = [search.add(lesson, parent, "lesson")]
+    assert all(search.merge(parent.context, set()) == lesson for _ in range(20))
 
 
 def test_a_lesson_makes_room_for_itself():
