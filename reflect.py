@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 
 from rollout import Context, Example, extract_answer
 
-OPERATORS = ("rewrite", "lesson", "example", "brief", "merge")
+OPERATORS = ("rewrite", "lesson", "example", "brief", "merge")           # `propose` leaves out the first or the last
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
 PROBES = 16               # at most: anchors with a known solution, whose log-prob under a prompt says more than few rewards of 0
 
@@ -580,7 +580,8 @@ class Search:
 
     def merge(self, context, minibatch_ids):
         """With another prompt's lessons and examples too."""
-        other = self.rng.choice([c for c in self.contenders if c.context != context] or self.contenders)
+        others = [c for c in self.contenders if c.context != context]
+        other = self.rng.choice(others or self.contenders)              # with itself alone there is nothing new to propose
         (instruction, lessons), (_, more) = lessons_of(context.system), lessons_of(other.context.system)
         lessons += [lesson for lesson in more if lesson not in lessons]
         excluded = minibatch_ids | {e.problem_id for e in context.examples}

@@ -3716,7 +3716,7 @@ def test_of_prompts_that_solve_nothing_the_likeliest_are_parents():
     assert search.form(third) == 3 / 5 and third.formed == {0: {problem.id: True}} and search.form(second) == 12 / 52
 
 
-@pytest.mark.parametrize("whole, brief, found, least", [((0.2, 0.77), (0.03, 0.97), "whole", 100), ((0.1, 0.8), (0.5, 1.0), "brief", 96)])
+@pytest.mark.parametrize("whole, brief, found, least", [((0.2, 0.77), (0.03, 0.97), "whole", 100), ((0.1, 0.8), (0.5, 1.0), "brief", 99)])
 def test_the_wording_that_solves_more_is_found(whole, brief, found, least):
     """SmolLM2 on `arithmetic` and on `star` (bench/examples.py): shares of answers that are right, and in form, under examples with their
     working and without, from nothing right. Solutions, which have their working, are likelier under the former."""
@@ -3873,13 +3873,15 @@ def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
 def test_an_operators_success_is_an_accepted_child():
     """Whatever becomes of the child later: only the most promising are scored on all anchors, and those must not count for less."""
     for seed in range(6):
-        population = Population([Context("You are a helpful assistant.")])
-        search = reflect.Search(population, problems(48), *(model := Model(), model.ask, model.write, model.likelihood)[1:], count, 240, 0, seed, 1024)
+        population, model, going = Population([Context("You are a helpful assistant.")]), Model(), True
+        search = reflect.Search(population, problems(48), model.ask, model.write, model.likelihood, count, 240, 0, seed, 1024)
         search.measure_carried()
-        while (before := json.loads(json.dumps(population.operators)), known := len(search.candidates)) and search.round():
+        while going:
+            before, known = {name: good for name, (good, _) in population.operators.items()}, len(search.candidates)
+            going = search.round()
             for name, (good, _) in population.operators.items():
-                mine = [c for c in search.candidates[known:] if c.operator == name]
-                assert good - before[name][0] == sum(c.verdict == "accepted" for c in mine)
+                accepted = sum(c.operator == name and c.verdict == "accepted" for c in search.candidates[known:])
+                assert good - before[name] == accepted
 
 
 def test_a_merge_takes_two_prompts():
