@@ -10,7 +10,7 @@ takes the K prompts of the last cycle and the problems of the next one, the anch
                of it, one under which known solutions are likelier, or more answers in the form asked for), and the most
                promising of the accepted are scored on all anchors, without which a prompt cannot win.
   3. keep      Of the prompts that cannot be told from the best, the one under which known solutions are likeliest (where nothing is
-               right, only among those whose answers are in form); then those that add most to what the kept ones solve.
+               right, and answers in form, too); then those that add most to what the kept ones solve.
 
 The operators: `rewrite`, the model reads the prompt and rollouts with feedback and writes a better prompt; `lesson`, a general
 sentence of the grader's feedback; `example`, other worked examples, from solutions that the feedback gave away or that the model
@@ -383,6 +383,12 @@ class Search:
         formed = candidate.formed[self.step].values()
         return (sum(formed) + 2) / (len(formed) + 4)
 
+    def chance(self, candidate):
+        """How likely it is to get anything right, for prompts under which nothing is yet: an answer must be in form, and its content
+        must be right, of which the log-prob a token of known solutions speaks. Form alone would prefer examples without working, under
+        which content is unlikely; likelihood alone prefers few examples on GSM8K, under which most answers lose the form."""
+        return math.log(self.form(candidate)) + average(self.probe_logprobs[candidate.context] or [0.0])
+
     def margin(self, share):
         """Two standard errors of a share, as if it were of all anchors."""
         return 2 * math.sqrt(share * (1 - share) / len(self.anchors))
@@ -429,9 +435,13 @@ class Search:
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
-        # 3. The most promising of the accepted, on all anchors; half of the budget is left for what comes later.
-        left = self.budget - self.spent
-        best = sorted(self.waiting, key=self.promise, reverse=True)[:max(1, left // (2 * len(self.anchors)))]
+        # 3. The most promising of the accepted, on all anchors; half of the budget is left for what comes later. Where none of them
+        #    solves anything, and three answers say little of the form, four for each place answer a quarter of the anchors before.
+        places = (self.budget - self.spent) // (2 * len(self.anchors))
+        first = lambda count: sorted(self.waiting, key=self.promise, reverse=True)[:count]
+        if all(self.unsolved(self.estimate(c)) for c in self.waiting):
+            self.measure(first(4 * places), self.anchors[:len(self.anchors) // 4])
+        best = first(max(1, places))
         self.measure(best, self.anchors)
         self.contenders += best
         self.waiting = [c for c in self.waiting if c not in best]
@@ -446,10 +456,9 @@ class Search:
         return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
 
     def promise(self, candidate):
-        """A key to sort by: the estimate, 0 where it cannot be told from 0; then the likelihood of known solutions. Not the form of
-        the answers: that is best under examples without working, which would crowd out those with it where few answers are right."""
+        """A key to sort by: the estimate, then the likelihood of known solutions; where the estimate cannot be told from 0, `chance`."""
         estimate = self.estimate(candidate)
-        return (0.0 if self.unsolved(estimate) else estimate), self.known_logprob(candidate)
+        return (0.0, self.chance(candidate)) if self.unsolved(estimate) else (estimate, self.known_logprob(candidate))
 
     def draw_parents(self):
         pool = sorted(self.contenders, key=self.promise, reverse=True)                        # of equal means the first is favoured
@@ -606,16 +615,13 @@ class Search:
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
         complete = [c for c in able if not self.unasked(c, self.anchors)]
 
-        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Where 0 is
-        #    level, too, the form of the answers decides in the same way. Of those left, the one under which known solutions are
-        #    likeliest leads: likelihood tells few worked examples from many, which so few rewards cannot. Only a candidate measured
-        #    on all anchors can lead.
+        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Of them the one
+        #    under which known solutions are likeliest leads: likelihood tells few worked examples from many, which so few rewards
+        #    cannot. Where 0 is level, too, `chance` decides. Only a candidate measured on all anchors can lead.
         top = max(map(mean.get, complete), default=0.0)
         level = {c for c in complete if mean[c] >= top - self.margin(top)}
-        if level and self.unsolved(top):
-            top_form = max(map(self.form, level))
-            level = {c for c in level if self.form(c) >= top_form - self.margin(top_form)}
-        rank = lambda c: (c in level, self.known_logprob(c) if c in level else 0, mean[c])
+        likely = self.chance if self.unsolved(top) else self.known_logprob
+        rank = lambda c: (c in level, likely(c) if c in level else 0, mean[c])
 
         # 2. A prompt less than half as good as the best would waste the rollouts that it gets: a better one takes its place, even a
         #    second time. Among the others `cover` goes by estimates: a single 0 or 1, drawn towards the candidate's mean as if by
