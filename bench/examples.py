@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from model import load                                                    # noqa: E402
-from reflect import answer_alone, fill                                    # noqa: E402
+from reflect import answer_alone, fill, with_lessons                      # noqa: E402
 from rollout import Context, Example, Sampler, examine, get_task          # noqa: E402
 from sampler import record                                                # noqa: E402
 
@@ -29,9 +29,11 @@ def main():
     parser.add_argument("--task", nargs="+", default=["arithmetic", "gsm8k"])
     parser.add_argument("--numbers", type=int, nargs="*", default=[1, 2, 4, 8, 16, 24], help="of examples, without a limit on tokens")
     parser.add_argument("--limits", type=int, nargs="*", default=[320, 640, 1024], help="in tokens of a context")
-    parser.add_argument("--orders", nargs="+", choices=["random", "shortest"], default=["random", "shortest"], help="in which a limit is filled")
+    parser.add_argument("--orders", nargs="+", choices=["random", "shortest", "concise"], default=["random", "shortest"],
+                        help="in which a limit is filled; concise: the shortest answers first, whatever the question's length")
     parser.add_argument("--drawn", type=int, nargs="*", default=[16, 48], help="examples of which those that fit are taken")
     parser.add_argument("--wordings", nargs="+", choices=["whole", "brief"], default=["whole"], help="brief: the answers alone")
+    parser.add_argument("--lessons", nargs="*", default=[], help="lines that follow the seed prompt")
     parser.add_argument("--draws", type=int, default=8, help="contexts in a condition")
     parser.add_argument("--problems", type=int, default=96, help="held-out problems that each is asked")
     parser.add_argument("--max-new-tokens", type=int, default=192, help="limit of an answer; of arithmetic 32")
@@ -45,6 +47,7 @@ def main():
     conditions = [(*condition, wording) for condition in conditions for wording in options.wordings]
     for name in options.task:
         task = get_task(name)
+        system = with_lessons(task.seed_prompt, options.lessons)
         problems = random.Random("examples").sample(task.problems("val"), options.problems)
         most = 32 if name == "arithmetic" else options.max_new_tokens
         room = model.config.context - most - max(len(tokenizer.encode(p.question)) for p in problems)
@@ -55,14 +58,14 @@ def main():
                 examples = [Example(p.question, p.solution, p.id) for p in rng.sample(task.problems("train"), drawn)]
                 if wording == "brief":
                     examples = list(map(answer_alone, examples))
-                if order == "shortest":
-                    examples.sort(key=lambda e: len(e.question) + len(e.answer))
-                kept = fill(task.seed_prompt, examples, count, min(limit or room, room)).examples
-                contexts.append(Context(task.seed_prompt, tuple(rng.sample(kept, len(kept)))))
+                if order != "random":
+                    examples.sort(key=lambda e: len(e.question) * (order == "shortest") + len(e.answer))
+                kept = fill(system, examples, count, min(limit or room, room)).examples
+                contexts.append(Context(system, tuple(rng.sample(kept, len(kept)))))
             asked = examine(sampler, task, contexts, problems, 1, most)               # [contexts][problems][greedy, sampled]
             share = lambda flag, kind: [sum(flag(answers[kind]) for answers in context) / len(context) for context in asked]
             row = {"task": task.name, "model": options.model, "dtype": options.dtype, "drawn": drawn, "limit": limit, "order": order,
-                   "wording": wording, "examples": [len(c.examples) for c in contexts], "prompt_tokens": [count(c) for c in contexts],
+                   "wording": wording, "lessons": options.lessons, "examples": [len(c.examples) for c in contexts], "prompt_tokens": [count(c) for c in contexts],
                    "problems": len(problems), "max_new_tokens": most, "seconds": time.perf_counter() - start}
             for key, flag in (("right", lambda r: r.reward), ("in_form", lambda r: r.in_form)):
                 row |= {f"greedy_{key}": share(flag, 0), key: share(flag, 1)}
