@@ -10,7 +10,7 @@ takes the K prompts of the last cycle and the problems of the next one, the anch
                of it, one under which known solutions are likelier, or more answers in the form asked for), and the most
                promising of the accepted are scored on all anchors, without which a prompt cannot win.
   3. keep      Of the prompts that cannot be told from the best, the one under which known solutions are likeliest (where nothing is
-               right, and answers in form, too); then those that add most to what the kept ones solve.
+               right, weighed with the form of the answers); then those that add most to what the kept ones solve.
 
 The operators: `rewrite`, the model reads the prompt and rollouts with feedback and writes a better prompt; `lesson`, a general
 sentence of the grader's feedback; `example`, other worked examples, from solutions that the feedback gave away or that the model
@@ -316,7 +316,7 @@ class Search:
         self.candidates = list(dict.fromkeys(population.candidates))
         self.seen = {content(c.context) for c in self.candidates}
         self.contenders = list(self.candidates)                         # carried, or accepted and scored on all anchors
-        self.waiting = []                                               # accepted, not yet scored
+        self.waiting = []                                               # accepted, not yet scored on all
         self.probes, self.probe_logprobs = [], {}                       # (problem, known solution); context -> log-prob of each
         self.partner = {}                                               # merged context -> id of its second parent
         self.sentences = []                                             # of the feedback, general enough to be lessons
@@ -384,10 +384,10 @@ class Search:
         return (sum(formed) + 2) / (len(formed) + 4)
 
     def chance(self, candidate):
-        """How likely it is to get anything right, for prompts under which nothing is yet: an answer must be in form, and its content
-        must be right, of which the log-prob a token of known solutions speaks. Form alone would prefer examples without working, under
-        which content is unlikely; likelihood alone prefers few examples on GSM8K, under which most answers lose the form."""
-        return math.log(self.form(candidate)) + average(self.probe_logprobs[candidate.context] or [0.0])
+        """What ranks prompts under which nothing is right: not a probability, but the log of a share in form plus a log-prob a token.
+        A right answer takes both. Form alone prefers examples without working, under which solutions are unlikely; likelihood alone
+        prefers few examples on GSM8K, under which half of the answers lose the form."""
+        return math.log(self.form(candidate)) + self.known_logprob(candidate)
 
     def margin(self, share):
         """Two standard errors of a share, as if it were of all anchors."""
@@ -398,8 +398,8 @@ class Search:
         return mean <= self.margin(mean)
 
     def known_logprob(self, candidate):
-        """How likely known solutions are under it: the sum over probes."""
-        return sum(self.probe_logprobs[candidate.context])
+        """How likely known solutions are under it: the log-prob a token, mean over probes."""
+        return average(self.probe_logprobs[candidate.context] or [0.0])
 
     # -- a round ---------------------------------------------------------------------------------------------------
 
@@ -435,10 +435,10 @@ class Search:
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
-        # 3. The most promising of the accepted, on all anchors; half of the budget is left for what comes later. Where none of them
-        #    solves anything, and three answers say little of the form, four for each place answer a quarter of the anchors before.
+        # 3. The most promising of the accepted, on all anchors, with half of what is left. Where none of them seems to solve anything,
+        #    form decides more, of which three answers say little: four for each place answer a quarter of the anchors before.
         places = (self.budget - self.spent) // (2 * len(self.anchors))
-        first = lambda count: sorted(self.waiting, key=self.promise, reverse=True)[:count]
+        first = lambda n: sorted(self.waiting, key=self.promise, reverse=True)[:n]
         if all(self.unsolved(self.estimate(c)) for c in self.waiting):
             self.measure(first(4 * places), self.anchors[:len(self.anchors) // 4])
         best = first(max(1, places))

@@ -3695,11 +3695,13 @@ def test_where_nothing_is_right_form_or_likelihood_decides(right, parent_solves,
     assert f"{right} of 3 right, {of_child} in form, where its parent got {right} and {of_parent}" in search.candidates[1].reason
 
 
-@pytest.mark.parametrize("right, left, expected", [(0, 100, {"a": 12, "b": 12, "c": 48, "d": 12, "e": 3}), (3, 100, {"a": 48, **dict.fromkeys("bcde", 3)}),
-                                                   (0, 95, {"a": 48, **dict.fromkeys("bcde", 3)})])
+@pytest.mark.parametrize("right, left, expected", [
+    (0, 100, {"a": 12, "b": 12, "c": 48, "d": 12, "e": 3}), (3, 100, {"a": 48, **dict.fromkeys("bcde", 3)}),
+    (0, 95, {"a": 48, **dict.fromkeys("bcde", 3)}), (0, 200, {**dict.fromkeys("abdfghi", 12), "c": 48, "e": 3, "j": 48})])
 def test_where_nothing_is_right_four_children_answer_a_quarter_before_one_answers_all(right, left, expected):
-    """Of five children four have all of three answers in form, c any other too. How many answers each has in the end: where the first is
-    right three times, or the budget too small, it is asked all at once."""
+    """Of the children all but e have three of three answers in form, c any other too. How many answers each has in the end: where the first
+    is right three times, or the budget too small, it is asked all at once; where the budget has room for two, eight answer a
+    quarter, and the second place goes to one that did not, as of the others all but three are out of form."""
     search = searching("parent")
     search.probes, (parent,), seen = [], search.candidates, Counter()
 
@@ -3711,16 +3713,17 @@ def test_where_nothing_is_right_four_children_answer_a_quarter_before_one_answer
             out.append(Rollout(p, context, (1,), [1], [0.0], "#### 1" if formed else "?", True, float(name == "a" and seen[name] <= right), "No."))
         return out
 
-    search.propose = lambda parents, traces, width: [(search.add(Context(name), parent, "lesson"), parent) for name in "abcde"]
-    search.probe_logprobs = {Context(name): [] for name in ("parent", *"abcde")}
-    search.ask, search.draw_parents, search.minibatch, search.budget = ask, lambda: [parent], lambda _: search.anchors[:3], 18 + left
+    search.propose = lambda parents, traces, width: [(search.add(Context(name), parent, "lesson"), parent) for name in sorted(expected)]
+    search.probe_logprobs = {Context(name): [] for name in ("parent", *expected)}
+    search.ask, search.draw_parents, search.minibatch, search.budget = ask, lambda: [parent], lambda _: search.anchors[:3], 3 + 3 * len(expected) + left
     assert search.round() and {c.context.system: len(c.scores[0]) for c in search.candidates[1:]} == expected
-    winner, = (name for name, n in expected.items() if n == 48)
-    assert [c.context.system for c in search.contenders] == ["parent", winner] and winner not in {c.context.system for c in search.waiting}
+    winners = {name for name, n in expected.items() if n == 48}
+    assert {c.context.system for c in search.contenders} == {"parent", *winners} and not winners & {c.context.system for c in search.waiting}
 
 
 def test_of_prompts_that_solve_nothing_the_one_of_best_chance_is_parent():
-    """The chance is the share of answers in form, 46 of 48 counting as 48 of 52, times e to the mean log-prob of known solutions."""
+    """`chance`: the log of the share in form, 46 of 48 counting as 48 of 52, plus the mean log-prob of known solutions. Parents are drawn
+    by it where nobody has any right answer."""
     search = searching("first", "second")
     first, second = search.candidates
     for c, formed in zip(search.candidates, (46, 10)):
@@ -3785,7 +3788,8 @@ def test_the_wording_that_solves_more_is_found(task, found, least):
 
 
 def test_where_nothing_is_right_the_form_is_found():
-    """On GSM8K one answer in a hundred is right, and likelihood prefers few examples, under which many are not in form."""
+    """On GSM8K one answer in a hundred is right, and likelihood prefers few examples, under which many are not in form: alone it ends at
+    0.63. That form alone, with 0.93, is no better choice `arithmetic` says, above."""
     assert statistics.mean(formed for _, formed in searched("gsm8k", 100)) > 0.8
 
 
@@ -3880,13 +3884,13 @@ def test_of_equally_good_prompts_the_likeliest_leads(right, formed, leads):
     assert all(f"on 48 problems, {m} in form" in c.reason for c, m in zip(search.candidates, formed))
 
 
-def test_what_failed_at_the_gate_sets_no_standard_of_form():
-    """Nothing is right. A child with all of its answers in form that was not accepted cannot lead: of the others the tidier does."""
+def test_what_failed_at_the_gate_cannot_lead():
+    """Nothing is right. A child that was not accepted has the best chance, and yet of the others the better leads."""
     search = searching("carried")
     carried, = search.candidates
     failed, accepted = (search.add(Context(name), carried, "rewrite", name) for name in ("failed", "accepted"))
     search.contenders.append(accepted)
-    for c, formed, logprob in ((carried, 2, -1.0), (failed, 48, -3.0), (accepted, 30, -2.0)):
+    for c, formed, logprob in ((carried, 2, -1.0), (failed, 48, -1.0), (accepted, 30, -2.0)):
         c.scores = {0: {p.id: 0.0 for p in problems(48)}}
         c.formed = {0: {p.id: i < formed for i, p in enumerate(problems(48))}}
         search.probe_logprobs[c.context] = [logprob]

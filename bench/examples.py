@@ -1,8 +1,8 @@
 """
-What worked examples are worth to a model whose weights stand still: how many there are, with their working or their answers alone, and which
-of those drawn fill a token limit, in random order or the shortest first. In each condition `--draws` contexts of training problems with their
-reference solutions; under each the same held-out problems, one sampled answer and one greedy. One row per condition goes to
-results/bench_examples.jsonl.
+What worked examples are worth to a model whose weights stand still: how many there are, with their working or their answers alone, and
+which of those drawn fill a token limit, in random order, the shortest first or those of the shortest answers first; with or without
+lessons. In each condition `--draws` contexts of training problems with their reference solutions; under each the same held-out problems,
+one sampled answer and one greedy. One row per condition goes to results/bench_examples.jsonl.
 
     FST_DATA=... python bench/examples.py --task arithmetic gsm8k
 """
