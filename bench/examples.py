@@ -2,7 +2,8 @@
 What worked examples are worth to a model whose weights stand still: how many there are, with their working or their answers alone, and
 which of those drawn fill a token limit, in random order, the shortest first or those of the shortest answers first; with or without
 lessons. In each condition `--draws` contexts of training problems with their reference solutions; under each the same held-out problems,
-one sampled answer and one greedy. One row per condition goes to results/bench_examples.jsonl.
+one sampled answer and one greedy, and the log-prob a token of their reference solutions. One row per condition goes to
+results/bench_examples.jsonl.
 
     FST_DATA=... python bench/examples.py --task arithmetic gsm8k
 """
@@ -16,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from fst import score_all                                                 # noqa: E402
 from model import load                                                    # noqa: E402
 from reflect import answer_alone, fill, with_lessons                      # noqa: E402
 from rollout import Context, Example, Sampler, examine, get_task          # noqa: E402
@@ -63,15 +65,19 @@ def main():
                 kept = fill(system, examples, count, min(limit or room, room)).examples
                 contexts.append(Context(system, tuple(rng.sample(kept, len(kept)))))
             asked = examine(sampler, task, contexts, problems, 1, most)               # [contexts][problems][greedy, sampled]
+            rows = [(tuple(tokenizer.chat(c.messages(p.question))), [*tokenizer.encode(p.solution), tokenizer.turn_end]) for c in contexts for p in problems]
+            with torch.no_grad():
+                means = torch.tensor([logprobs.mean() for logprobs in score_all(model, rows, 1.0, 4096)]).view(len(contexts), -1).mean(-1)
             share = lambda flag, kind: [sum(flag(answers[kind]) for answers in context) / len(context) for context in asked]
             row = {"task": task.name, "model": options.model, "dtype": options.dtype, "drawn": drawn, "limit": limit, "order": order,
                    "wording": wording, "lessons": options.lessons, "examples": [len(c.examples) for c in contexts], "prompt_tokens": [count(c) for c in contexts],
+                   "known_logprob": means.tolist(),
                    "problems": len(problems), "max_new_tokens": most, "seconds": time.perf_counter() - start}
             for key, flag in (("right", lambda r: r.reward), ("in_form", lambda r: r.in_form)):
                 row |= {f"greedy_{key}": share(flag, 0), key: share(flag, 1)}
             mean = lambda key: sum(row[key]) / len(row[key])
             print(f"{task.name:12} {limit or 'no limit':>8}  {order:8} of {drawn:2d}, {wording}: {mean('examples'):4.1f} examples  right, greedy and sampled, "
-                  f"{mean('greedy_right'):5.1%} {mean('right'):5.1%}  in form {mean('greedy_in_form'):5.1%} {mean('in_form'):5.1%}  {row['seconds']:.0f} s", flush=True)
+                  f"{mean('greedy_right'):5.1%} {mean('right'):5.1%}  in form {mean('greedy_in_form'):5.1%} {mean('in_form'):5.1%}  log-prob {mean('known_logprob'):.3f}  {row['seconds']:.0f} s", flush=True)
             record("bench_examples.jsonl", **row)
 
 
