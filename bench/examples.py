@@ -65,19 +65,20 @@ def main():
                 kept = fill(system, examples, count, min(limit or room, room)).examples
                 contexts.append(Context(system, tuple(rng.sample(kept, len(kept)))))
             asked = examine(sampler, task, contexts, problems, 1, most)               # [contexts][problems][greedy, sampled]
-            rows = [(tuple(tokenizer.chat(c.messages(p.question))), [*tokenizer.encode(p.solution), tokenizer.turn_end]) for c in contexts for p in problems]
-            with torch.no_grad():
-                means = torch.tensor([logprobs.mean() for logprobs in score_all(model, rows, 1.0, 4096)]).view(len(contexts), -1).mean(-1)
+            rows = [(tuple(tokenizer.chat(c.messages(p.question))), [*tokenizer.encode(p.solution), tokenizer.turn_end])
+                    for c in contexts for p in problems]
+            means = torch.stack([logprobs.mean() for logprobs in score_all(model, rows, 1.0, 4096)]).view(len(contexts), -1).mean(-1)
             share = lambda flag, kind: [sum(flag(answers[kind]) for answers in context) / len(context) for context in asked]
             row = {"task": task.name, "model": options.model, "dtype": options.dtype, "drawn": drawn, "limit": limit, "order": order,
-                   "wording": wording, "lessons": options.lessons, "examples": [len(c.examples) for c in contexts], "prompt_tokens": [count(c) for c in contexts],
-                   "known_logprob": means.tolist(),
-                   "problems": len(problems), "max_new_tokens": most, "seconds": time.perf_counter() - start}
+                   "wording": wording, "lessons": options.lessons, "examples": [len(c.examples) for c in contexts],
+                   "prompt_tokens": [count(c) for c in contexts], "known_logprob": means.tolist(), "problems": len(problems),
+                   "max_new_tokens": most, "seconds": time.perf_counter() - start}
             for key, flag in (("right", lambda r: r.reward), ("in_form", lambda r: r.in_form)):
                 row |= {f"greedy_{key}": share(flag, 0), key: share(flag, 1)}
             mean = lambda key: sum(row[key]) / len(row[key])
             print(f"{task.name:12} {limit or 'no limit':>8}  {order:8} of {drawn:2d}, {wording}: {mean('examples'):4.1f} examples  right, greedy and sampled, "
-                  f"{mean('greedy_right'):5.1%} {mean('right'):5.1%}  in form {mean('greedy_in_form'):5.1%} {mean('in_form'):5.1%}  log-prob {mean('known_logprob'):.3f}  {row['seconds']:.0f} s", flush=True)
+                  f"{mean('greedy_right'):5.1%} {mean('right'):5.1%}  in form {mean('greedy_in_form'):5.1%} {mean('in_form'):5.1%}  "
+                  f"log-prob {mean('known_logprob'):.3f}  {row['seconds']:.0f} s", flush=True)
             record("bench_examples.jsonl", **row)
 
 
