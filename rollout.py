@@ -253,8 +253,10 @@ class Star(Generated):
 
 
 class CodeIO(Generated):
-    """Say what a Python function of `level` lines returns. Only our own templates are run, never a model's text."""
-    name, levels, asked, fold_case = "codeio", 5, "the returned value and nothing else", False
+    """Say what a Python function returns: at level 1 a simple one, else one of `level` - 1 lines. Only our own templates are run,
+    never a model's text."""
+    name, levels, asked, fold_case = "codeio", 6, "the returned value and nothing else", False
+    simple = {int: ["{x} + {k}", "max({x}, {k}{k})"], list: ["max({x})", "min({x})", "{x}[1]"]}
     operations = {  # on x, by its type; no result is too short for any operation that may follow
         int: ["{x} + {k}", "{x} - {k}", "{x} * {k}", "{x} // {k}", "{x} % {k}", "abs({x} - {k})", "max({x}, {k}{k})",
               "{x} // 2 if {x} % 2 == 0 else {x} + {k}", "[{x}, {x} + {k}, {x} - {k}]"],
@@ -264,13 +266,15 @@ class CodeIO(Generated):
                "[n + {k} for n in {x}]", "[n * {k} for n in {x}]", "sum(n for n in {x} if n > {k})"]}
 
     def make(self, rng, level):
-        value = rng.choice([rng.randint(2, 60), [rng.randint(1, 20) for _ in range(rng.randint(3, 5))],
-                            "".join(rng.choice("bdkmnprst") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))])
+        operations, last = self.simple if level == 1 else self.operations, max(level - 1, 1)
+        values = {int: rng.randint(2, 60), list: [rng.randint(1, 20) for _ in range(rng.randint(3, 5))],
+                  str: "".join(rng.choice("bdkmnprst") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))}
+        value = values[rng.choice([*operations])]
         call, lines, steps = f"f({value!r})", [], []
-        for i in range(level):
+        for line in range(1, last + 1):
             blanks = dict(zip("vw", rng.sample("aeiou", 2)), k=rng.randint(2, 9))
-            operation = rng.choice(self.operations[type(value)])
-            lines.append(("return " if i == level - 1 else "x = ") + operation.format(x="x", **blanks))
+            operation = rng.choice(operations[type(value)])
+            lines.append(("return " if line == last else "x = ") + operation.format(x="x", **blanks))
             written = operation.format(x=repr(value), **blanks)
             value = eval(written, {})                   # a template from above, filled in with values from above
             steps.append(f"{written} = {value!r}")
