@@ -150,8 +150,10 @@ def resolve(config):
     defaults = (ON_CPU if cpu else ON_CUDA) | {"eval_every": c.cycle, "save_every": c.cycle}
     if not cpu:
         torch.cuda.set_device(torch.device(c.device).index or 0)      # a graph is recorded on the current device
-        torch.cuda.set_per_process_memory_fraction(0.95)              # the allocator would take all, and leave cuBLAS and graphs none
-        defaults["memory"] = 0.9e-9 * torch.cuda.mem_get_info(c.device)[0]
+        free, total = torch.cuda.mem_get_info(c.device)
+        free += torch.cuda.memory_reserved(c.device)                  # ours already
+        torch.cuda.set_per_process_memory_fraction(0.95 * free / total)     # all would leave cuBLAS and graphs none
+        defaults["memory"] = 0.9e-9 * free
     if set(names) == {"arithmetic"}:                      # learnt in few steps, with short answers
         defaults["steps"] = 9 if cpu else 48
         if c.level == 1:
@@ -312,6 +314,9 @@ class Learner:
     def discard(self):
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)            # what a backward pass left that did not get to its end
+        for state in self.optimizer.state.values():
+            if len(state) < 3:                            # memory ran out between a first update's moments
+                state.clear()
 
     def rate(self):
         return self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
@@ -1016,11 +1021,12 @@ def stored_config(folder, changes={}):
     path = Path(folder) / "config.json"
     with reading(path):
         stored = json.loads(read_text(path))
-        asked, resolved = Config(**stored["asked"]), Config(**stored["resolved"] | changes)
+        asked, resolved = Config(**stored["asked"]), Config(**stored["resolved"])
         for field in dataclasses.fields(Config):
             if type(getattr(resolved, field.name)) is not field.type:
                 raise ValueError(f"{field.name} is not of type {field.type.__name__}")
-        return asked, resolve(resolved)
+        elsewhere = changes.get("device", resolved.device) != resolved.device
+        return asked, resolve(dataclasses.replace(resolved, **{"memory": None} if elsewhere else {}, **changes))
 
 
 def write_config(folder, asked, resolved):

@@ -56,7 +56,8 @@ def return_freed_memory():
 def out_of_memory(error):
     """Whether that is what an exception says: PyTorch on a CPU, and cuBLAS, have but a RuntimeError for it."""
     named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return named or bool(re.search("(not enough|allocate|out of) memory|CUBLAS_STATUS_ALLOC_FAILED", str(error)))
+    said = "(not enough|allocate|out of) memory|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED.*cublasCreate)"
+    return named or bool(re.search(said, str(error)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

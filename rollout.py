@@ -624,6 +624,7 @@ class Sampler:
                 while waiting or blocks:
                     free = slots - sum(len(block.row) for block in blocks)
                     if waiting and free >= min(len(waiting), slots / 2):
+                        self.graph = None                 # of the blocks before, and with it the memory that it computes in
                         blocks += self.admit(waiting[:free], prompts)
                         waiting = waiting[free:]
                     else:
@@ -637,7 +638,7 @@ class Sampler:
                     blocks = [block for block in blocks if len(block.row)]
         finally:
             self.model.train(training)
-            self.graph = None                             # and with it the memory that it computes in
+            self.graph = None
 
         return [Completion(t[:n], l[:n], t[n - 1] in self.tokenizer.stop_ids)
                 for t, l, n in zip(self.tokens.tolist(), self.logprobs.tolist(), self.end.tolist())]
@@ -671,6 +672,7 @@ class Sampler:
         thousand, then cost one launch. The first step of a shape runs as it is: libraries cannot set themselves up in a capture."""
         for block in blocks:
             if block.full():
+                self.graph = None                         # of the old layout, and with it the memory that it computes in
                 block.grow(aligned(min(self.room, self.tokens.shape[1] - block.count), block.mask.device))
         shapes = [(block.first, len(block.row), block.mask.shape) for block in blocks]
         if not self.cuda or shapes != self.shapes:

@@ -1328,6 +1328,9 @@ def captured(ours, tokenizer, monkeypatch, slots, room=8, patience=4):
     Tape.captures = Tape.replays = 0
     sampler = Sampler(ours, tokenizer, slots)
     sampler.cuda, sampler.room, sampler.patience = True, room, patience
+    alone = lambda function: lambda *arguments: (not sampler.graph or pytest.fail("a graph holds its memory meanwhile"), function(*arguments))[1]
+    for owner, name in ((rollout.Block, "grow"), (sampler, "admit")):
+        monkeypatch.setattr(owner, name, alone(getattr(owner, name)))
     return sampler
 
 
@@ -1380,7 +1383,8 @@ def test_sampling_out_of_memory_begins_again_with_half_the_slots(tiny, monkeypat
     def decode(blocks):
         if full(blocks):
             tried.append(sum(len(block.row) for block in blocks))
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`") if len(tried) == 1 else torch.OutOfMemoryError
+            raise [RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                   RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), torch.OutOfMemoryError][min(len(tried), 3) - 1]
         Sampler.decode(sampler, blocks)
 
     monkeypatch.setattr(sampler, "decode", decode)
@@ -2163,7 +2167,7 @@ def test_five_refused_updates_end_the_run(tmp_path, monkeypatch):
     assert len(rows) == 8 and "refused" not in rows[-1] and rows[-1]["updates"] == 8 - sum("refused" in row for row in rows)
 
 
-@pytest.mark.parametrize("failure", ["forward", "backward", "update"])
+@pytest.mark.parametrize("failure", ["forward", "backward", "update", "moments"])
 def test_out_of_memory_repeats_the_step_in_smaller_micro_batches(tiny_run, monkeypatch, failure):
     """As exact as a run that had the smaller ones from the start: what was accumulated is discarded, nothing had moved."""
     run, other = tiny_run("--method", "rl", "--micro-batch", 128), tiny_run("--method", "rl", "--micro-batch", 64, out="other")
@@ -2179,9 +2183,12 @@ def test_out_of_memory_repeats_the_step_in_smaller_micro_batches(tiny_run, monke
         monkeypatch.setattr(fst, "score", lambda model, *rest: (model is run.model and model.embedding.requires_grad and torch.is_grad_enabled() and fail(2), score(model, *rest))[1])
     elif failure == "backward":                                                 # some of a pass's gradients are in, the others not
         run.model.layers[1].down.register_post_accumulate_grad_hook(lambda p: fail(2))
-    else:
+    elif failure == "update":
         step = run.learner.optimizer.step
         run.learner.optimizer.step = lambda: (fail(1), step())
+    else:                                                                       # while AdamW makes the second weight's
+        zeros_like = torch.zeros_like
+        monkeypatch.setattr(torch, "zeros_like", lambda x, **more: (x is list(run.learner.masters.values())[1] and fail(2), zeros_like(x, **more))[1])
     monkeypatch.setattr(rollout, "extract_answer", parity)
     for step_ in range(2):
         row, wanted = run.slow(0, step_), other.slow(0, step_)
@@ -2210,7 +2217,7 @@ def test_a_run_goes_on_with_other_memory_settings(tmp_path, tiny_run, monkeypatc
     assert (same.micro_batch, same.sampler.slots, fewer.micro_batch, fewer.sampler.slots) == (256, 8, 64, 3)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert all((stored[which]["micro_batch"], stored[which]["slots"]) == (64, 3) for which in stored) and fewer.go()
-    default = lambda *more: fst.open_run(fst.parse(["--model", "m", "--out", str(tmp_path / "default"), *more])[0], False)[0].micro_batch
+    default = lambda *more: fst.open_run(fst.parse(["--model", "m", "--device", "cpu", "--out", str(tmp_path / "default"), *more])[0], False)[0].micro_batch
     assert [default(), default(), default("--memory", "3"), default("--memory", "3"), default()] == [1280, 1280, 0, 0, 1280]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fewer.learner.tensors().values(), whole.learner.tensors().values()))
 
@@ -2509,6 +2516,18 @@ def test_a_run_writes_where_it_was_told_to(tmp_path, tiny_run):
     assert where() == str(tmp_path / "run")
 
 
+def test_a_run_of_a_card_is_evaluated_on_a_cpu_within_its_memory(tmp_path, tiny_run):
+    tiny_run(out="run")
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    stored["resolved"] |= {"device": "cuda", "memory": 70.0}
+    path.write_text(json.dumps(stored))
+    assert fst.stored_config(path.parent, {"device": "cpu"})[1].memory == 8.0
+    stored["resolved"]["device"] = "cpu"
+    path.write_text(json.dumps(stored))
+    assert fst.stored_config(path.parent, {"device": "cpu"})[1].memory == 70.0
+
+
 def test_overwrite_leaves_nothing_of_the_old_checkpoint(tmp_path):
     run_fst(tmp_path, *SHORT, "--out", tmp_path / "run")
     fresh = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
@@ -2528,19 +2547,21 @@ def test_eval_takes_only_what_it_uses(tmp_path, capsys):
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys):
     """As on a machine with one card; the one that is asked for becomes the current one, on which a graph is recorded."""
-    chosen = []
+    chosen, fractions = [], []
 
     def set_device(index):
         if index > 0:
             raise RuntimeError("CUDA error: invalid device ordinal")
         chosen.append(index)
 
-    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", set_device), ("mem_get_info", lambda _: (1e9, 1e9)),
-                        ("set_per_process_memory_fraction", lambda _: None)):
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", set_device), ("mem_get_info", lambda _: (4e10, 8e10)),
+                        ("memory_reserved", lambda _: 1e10), ("set_per_process_memory_fraction", fractions.append)):
         monkeypatch.setattr(torch.cuda, name, value)
     for device in ("cuda:1", "cuda:x"):
         assert f"no device '{device}' here" in refused(capsys, "--device", device, "--check")
-    assert fst.resolve(fst.Config(device="cuda:0", model="m")).device == "cuda:0" and chosen == [0]
+    c = fst.resolve(fst.Config(device="cuda:0", model="m"))
+    assert c.device == "cuda:0" and chosen == [0]
+    assert c.memory == pytest.approx(45) and fractions == pytest.approx([0.95 * 5 / 8])        # of 80 GB others hold 30, this process 10
 
 
 def test_a_run_that_never_began_does_not_stand_in_the_way(tmp_path, capsys):
@@ -2884,12 +2905,13 @@ def test_check_and_eval(tmp_path, capsys, monkeypatch):
     assert fst.main(["--eval", str(tmp_path / "run")]) == 0
     (tmp_path / "data.jsonl").write_text(whole)
     capsys.readouterr()
-    assert fst.main(["--check", "--model", str(tmp_path / "model"), "--task", f"jsonl:{tmp_path / 'data.jsonl'}", "--lr", "3e-5"]) == 0
+    check = ["--check", "--model", str(tmp_path / "model"), "--device", "cpu"]
+    assert fst.main([*check, "--task", f"jsonl:{tmp_path / 'data.jsonl'}", "--lr", "3e-5"]) == 0
     printed = capsys.readouterr().out
     assert "as asked" in printed and "GB" in printed and "slow rollouts" in printed
     for flags in (["--level", 9], ["--batch", 5000, "--group", 2], ["--task", "jsonl:nowhere"], ["--task", "jsonl"]):
-        assert fst.main(["--check", "--model", str(tmp_path / "model"), *map(str, flags)]) == 2       # as the run itself
-    assert fst.main(["--check", "--model", str(tmp_path / "model"), "--method", "gepa", "--group", "4", "--prompts", "3"]) == 0     # no groups there
+        assert fst.main([*check, *map(str, flags)]) == 2                        # as the run itself
+    assert fst.main([*check, "--method", "gepa", "--group", "4", "--prompts", "3"]) == 0                # no groups there
 
 
 def test_the_real_model_learns(tmp_path):
