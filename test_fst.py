@@ -1429,17 +1429,35 @@ def test_a_capture_refuses_what_waits_for_the_device():
             wrong(torch.ones(3))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-def test_captured_decoding_on_cuda(tmp_path):
+on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+
+
+@on_a_card
+@pytest.mark.parametrize("kind, dtype", [("qwen3", torch.float32), ("qwen2", torch.bfloat16), ("llama", torch.bfloat16)])
+def test_captured_decoding_on_cuda(tmp_path, kind, dtype):
     """Captured equals eager, to the bit: the same kernels."""
-    write_checkpoint(tmp_path, "qwen3")
-    ours, tokenizer = load(tmp_path, "cuda")
+    write_checkpoint(tmp_path, kind)
+    ours, tokenizer = load(tmp_path, "cuda", dtype)
     tokenizer = SimpleNamespace(stop_ids=tuple(range(0, 1100, 23)))
     prompts = [tuple(prompt) for prompt, _ in rows_that_share()] * 3
     for slots in (5, 64):
         captured, eager = Sampler(ours, tokenizer, slots), Sampler(ours, tokenizer, slots)
         eager.decode = lambda blocks, eager=eager: (setattr(eager, "shapes", None), Sampler.decode(eager, blocks))      # each step is a shape's first
         assert captured.cuda and captured.generate(prompts, 300, seed=5) == eager.generate(prompts, 300, seed=5)
+
+
+@on_a_card
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_gradients_on_cuda_equal_the_cpus(tmp_path, kind):
+    write_checkpoint(tmp_path, kind)
+    results = []
+    for device in ("cpu", "cuda"):
+        ours, _ = load(tmp_path, device)
+        logprobs, entropies = score(ours, rows_that_share(), temperature=0.7)
+        logprobs.sum().backward()
+        results.append([x.detach().cpu() for x in (logprobs, entropies, *(p.grad for p in ours.parameters()))])
+    for here, there in zip(*results):
+        torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-3)
 
 
 def test_samples_differ_within_a_group_and_between_seeds(tiny):
@@ -2149,6 +2167,17 @@ def test_weights_that_are_not_finite_end_the_run(tmp_path, monkeypatch, value):
     assert ended.code == 2 and len(ended.err) == 1 and "weights are not finite" in ended.err[0] and "last good state" in ended.err[0]
     monkeypatch.setattr(fst.Learner, "update", update)
     assert run_fst(tmp_path, *flags).code == 0 and what_counts(tmp_path / "run") == what_counts(tmp_path / "whole")
+
+
+@on_a_card
+@pytest.mark.parametrize("dtype, most", [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_a_run_on_cuda(tmp_path, dtype, most):
+    """Its sampler, captured, and its trainer agree on what was sampled; its state is read again."""
+    flags = ["--device", "cuda", "--dtype", dtype, "--max-new-tokens", 24, "--out", tmp_path / "run"]
+    assert run_fst(tmp_path, *flags).code == 0
+    steps = [row for row in fst.read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "step" and row["trained_rows"]]
+    assert steps and all(0 <= row["kl_sampler"] < most and "refused" not in row for row in steps)
+    assert "complete" in run_fst(tmp_path, *flags).printed
 
 
 def test_five_refused_updates_end_the_run(tmp_path, monkeypatch):
