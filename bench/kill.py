@@ -18,8 +18,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # a bench of the CPU, whatever else is here
+
+import numpy as np                                                        # noqa: E402
+import torch                                                              # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]

@@ -1,10 +1,10 @@
 """
 Useful tokens a second of our sampler and of what one would use instead: transformers `generate`, and vLLM where it is
-installed. Same weights, same prompts, temperature 1 without truncation, log-probs of the sampled tokens kept. Tokens after a
-row's end do not count. Prints a table with the share of the machine's limit that is reached, that limit being measured first, and
-appends one row per measurement to results/bench_sampler.jsonl.
+installed. Same weights, same prompts, temperature 1 without truncation, log-probs of the sampled tokens kept (transformers would
+keep all logits instead, and is spared that). Tokens after a row's end do not count. Prints a table with the share of the machine's
+limit that is reached, that limit being measured first, and appends one row per measurement to results/bench_sampler.jsonl.
 
-    FST_DATA=... python bench/sampler.py                  the four jobs
+    FST_DATA=... python bench/sampler.py                  the four jobs, on a card a fifth of 256 rows
     FST_DATA=... python bench/sampler.py --growth         how our cost grows with rows, prompt and new tokens
 """
 import argparse
@@ -25,7 +25,7 @@ from model import load, save                                              # noqa
 from rollout import Context, Sampler, get_task, prefix_segments           # noqa: E402
 
 JOBS = {"8 problems x 8 samples x 128 tokens": (8, 8, 128, 0), "64 x 8 x 128": (64, 8, 128, 0), "1 x 1 x 128": (1, 1, 128, 0),
-        "1,500-token prompt, 1 x 64 x 64": (1, 64, 64, 1500)}
+        "1,500-token prompt, 1 x 64 x 64": (1, 64, 64, 1500), "8 x 32 x 128": (8, 32, 128, 0)}
 
 
 def machine(threads=None):
@@ -76,7 +76,8 @@ def with_transformers(theirs, tokenizer, prompts, limit, seed):
     width, device = max(map(len, prompts)), theirs.device
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    out = theirs.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=limit,
+    more = {"cache_implementation": "static"} if device.type == "cuda" else {}       # with which generate compiles its decoding
+    out = theirs.generate(ids, attention_mask=mask, **more, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=limit,
                           eos_token_id=list(tokenizer.stop_ids), pad_token_id=0, return_dict_in_generate=True, output_logits=False, output_scores=False)
     return useful(out.sequences[:, width:].tolist(), tokenizer.stop_ids)
 
@@ -99,18 +100,21 @@ def finish(device):
 
 @torch.no_grad()
 def limits(model):
-    """Measured here and now: FLOP/s of the model's widest products over 2,048 rows, bytes/s at which memory is read."""
+    """Measured here and now: FLOP/s of the model's widest products over 2,048 rows, bytes/s at which memory is read. A card is asked
+    for more, 20 times: else the clock would measure its start."""
     weight, device = model.embedding, model.embedding.device
-    x = torch.randn(2048, model.config.hidden_size, device=device, dtype=weight.dtype)
-    memory = torch.ones(2 ** 27, device=device)
+    rows, size, times = (16384, 2 ** 30, 20) if device.type == "cuda" else (2048, 2 ** 27, 1)
+    x = torch.randn(rows, model.config.hidden_size, device=device, dtype=weight.dtype)
+    memory = torch.ones(size, device=device)
 
     def best(work):
         seconds = []
         for _ in range(4):                                # the first warms up
             start = time.perf_counter()
-            work()
+            for _ in range(times):
+                work()
             finish(device)
-            seconds.append(time.perf_counter() - start)
+            seconds.append((time.perf_counter() - start) / times)
         return min(seconds[1:])
 
     with model.packing():
@@ -127,16 +131,16 @@ def distinct_tokens(prompts):
 
 
 def least_seconds(model, limits, prompts, tokens, slots):
-    """What these completions of `tokens` tokens in all take at the limit. Prefill: 2 FLOP for each weight of the layers and distinct
-    token. Decoding: 2 FLOP for each weight and token, or reading at each step the weights, the prompts' cache and the rows' own,
-    whichever takes longer."""
+    """What these completions of `tokens` tokens in all take at the limit, and what reading from memory alone takes. Prefill: 2 FLOP for
+    each weight of the layers and distinct token. Decoding: 2 FLOP for each weight and token, or reading at each step the weights,
+    the prompts' cache and the rows' own, whichever takes longer."""
     rate, bandwidth = limits
     layers, head, c = sum(p.numel() for p in model.layers.parameters()), model.output_weight().numel(), model.config
     width = model.embedding.element_size()
     cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * width                            # bytes a token
     rows, distinct = min(len(prompts), slots), distinct_tokens(prompts)
     moved = tokens / rows * ((layers + head) * width + distinct * rows / len(prompts) * cache) + tokens * tokens / len(prompts) / 2 * cache
-    return 2 * layers * distinct / rate + max(2 * (layers + head) * tokens / rate, moved / bandwidth)
+    return 2 * layers * distinct / rate + max(2 * (layers + head) * tokens / rate, moved / bandwidth), moved / bandwidth
 
 
 def measure(function, repeats, device):
@@ -155,11 +159,13 @@ def main():
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--repeats", type=int, default=2, help="after a warm-up; 0: the warm-up counts, for jobs of minutes")
-    parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--slots", type=int, help="rows of ours decoded at once; default: fst.py's, 128 on a CPU, 512 on CUDA")
     parser.add_argument("--job", action="append", choices=list(JOBS))
     parser.add_argument("--peers", default="transformers,vllm", help="which peers to run beside ours, where they are installed")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.slots = options.slots or (512 if device.type == "cuda" else 128)
+    jobs = options.job or [name for name in JOBS if device.type == "cuda" or name != "8 x 32 x 128"]
     model, tokenizer = load(options.model, device, torch.bfloat16)
     model.requires_grad_(False)
     task, reach = get_task("gsm8k"), limits(model)
@@ -196,13 +202,18 @@ def main():
         except ImportError as error:
             print(f"{system}: not measured ({error})")
             continue
-        for name in options.job or JOBS:
+        for name in jobs:
             problems, samples, limit, long = JOBS[name]
             prompts = prompts_of(tokenizer, task, problems, samples, long)
+            if device.type == "cuda":                     # what was compiled for another job's shapes would be compiled anew
+                torch._dynamo.reset()
+                torch.cuda.reset_peak_memory_stats()
             rate, tokens = measure(lambda seed: function(prompts, limit, seed), options.repeats, device)
-            share = least_seconds(model, reach, prompts, tokens, options.slots) * rate / tokens
-            print(f"{name:36} {system:14} {rate:8.0f} tok/s  ({tokens} tokens), {share:4.0%} of the limit", flush=True)
-            record("bench_sampler.jsonl", job=name, system=system, tokens_per_second=rate, tokens=tokens, share_of_limit=share,
+            slots = options.slots if system == "ours" else len(prompts)
+            share, of_memory = (least * rate / tokens for least in least_seconds(model, reach, prompts, tokens, slots))
+            print(f"{name:36} {system:14} {rate:8.0f} tok/s  ({tokens} tokens), {share:4.0%} of the limit, {of_memory:4.0%} of memory's", flush=True)
+            record("bench_sampler.jsonl", job=name, system=system, tokens_per_second=rate, tokens=tokens, share_of_limit=share, share_of_bandwidth=of_memory,
+                   slots=slots, **({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}),
                    flops=reach[0], bytes_per_second=reach[1], model=options.model, dtype="bfloat16", repeats=options.repeats)
 
 
@@ -211,11 +222,11 @@ def grow(model, tokenizer, task, options, reach, rows=64, long=0, limit=64):
     prompts = prompts_of(tokenizer, task, 1, rows, long)
     endless = type("Endless", (), {"stop_ids": (-1,)})
     rate, tokens = measure(lambda seed: ours(model, endless, prompts, limit, seed, rows), options.repeats, model.embedding.device)
-    share = least_seconds(model, reach, prompts, tokens, rows) * rate / tokens
+    share, of_memory = (least * rate / tokens for least in least_seconds(model, reach, prompts, tokens, rows))
     print(f"rows {rows:4d}  prompt {len(prompts[0]):5d}  new tokens {limit:4d}: {rate:7.0f} tok/s, {tokens / rate:7.2f} s, "
-          f"{share:4.0%} of the limit", flush=True)
+          f"{share:4.0%} of the limit, {of_memory:4.0%} of memory's", flush=True)
     record("bench_growth.jsonl", rows=rows, prompt=len(prompts[0]), new_tokens=limit, tokens_per_second=rate, seconds=tokens / rate,
-           share_of_limit=share, flops=reach[0], bytes_per_second=reach[1], model=options.model)
+           share_of_limit=share, share_of_bandwidth=of_memory, flops=reach[0], bytes_per_second=reach[1], model=options.model)
 
 
 if __name__ == "__main__":

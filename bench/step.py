@@ -39,7 +39,7 @@ def ours(task, problems, group, limit, long, steps):
     with tempfile.TemporaryDirectory() as out:
         seed_prompt = system_text(load("smollm2-135m")[1], get_task(task), long)
         config, _ = fst.parse(["--task", task, "--seed-prompt", seed_prompt, "--method", "rl", "--model", "smollm2-135m", "--batch", str(problems), "--group", str(group),
-                               "--max-new-tokens", str(limit), "--micro-batch", "2048", "--kl", "0", "--steps", str(steps + 1), "--out", out])
+                               "--max-new-tokens", str(limit), "--micro-batch", "auto" if torch.cuda.is_available() else "2048", "--kl", "0", "--steps", str(steps + 1), "--out", out])
         resolved, lock = fst.open_run(config, False)
         run = fst.Run(resolved)
         reinforce, last = run.reinforce, []
@@ -58,7 +58,7 @@ def ours(task, problems, group, limit, long, steps):
         peak, reach = peak_gb(), limits(run.model)                                       # the limits' measurement takes memory itself
         prompts, tokens = [r.prompt for r in last], sum(len(r.tokens) for r in last)
         layers, head = sum(p.numel() for p in run.model.layers.parameters()), run.model.output_weight().numel()
-        least = {"sample": least_seconds(run.model, reach, prompts, tokens, run.sampler.slots),
+        least = {"sample": least_seconds(run.model, reach, prompts, tokens, run.sampler.slots)[0],
                  # forward and backward: 6 FLOP for each weight and token, the head's for the answers only
                  "train": 6 * (layers * (distinct_tokens(prompts) + tokens) + head * tokens) / reach[0]}
         parts = {f"{name}_seconds": row[f"{name}_seconds"] for name in least}
@@ -140,11 +140,11 @@ def main():
             out = subprocess.run([sys.executable, __file__, "--steps", str(options.steps), "--child", system, job], capture_output=True, text=True,
                                  env=environment)
             if out.returncode:
-                print(f"{job:12} {system:6} failed with status {out.returncode}: {out.stderr.strip().splitlines()[-1]}")
+                print(f"{job:12} {system:6} failed with status {out.returncode}: {' '.join(out.stderr.strip().splitlines()[-1:])}")
                 continue
             row = json.loads(out.stdout.strip().splitlines()[-1])
-            print(f"{job:12} {problems} x {group} x {limit:4d}  {system:6} {row['seconds']:7.1f} s a step  {row['peak_gb']:5.1f} GB  mean length {row['length']:.0f}"
-                  + "".join(f"  {name} {row[f'{name}_seconds']:.1f} s, {row[f'{name}_share_of_limit']:.0%} of the limit"
+            print(f"{job:12} {problems} x {group} x {limit:4d}  {system:6} {row['seconds']:7.2f} s a step  {row['peak_gb']:5.1f} GB  mean length {row['length']:.0f}"
+                  + "".join(f"  {name} {row[f'{name}_seconds']:.2f} s, {row[f'{name}_share_of_limit']:.0%} of the limit"
                             for name in ("sample", "train") if f"{name}_seconds" in row), flush=True)
             record("bench_step.jsonl", task=task, problems=problems, group=group, new_tokens=limit, prompt_tokens=long, system=system,
                    steps=options.steps, large_pages=environment["THP_MEM_ALLOC_ENABLE"] == "1", **row)
