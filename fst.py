@@ -459,6 +459,8 @@ def room_for_prompts(c, tasks, tokenizer, context):
                          f"(--max-new-tokens) do not fit the model's context of {context}")
     if c.method != "rl" and longest > c.prompt_tokens:
         raise ValueError(f"a seed prompt of {longest} tokens leaves none of --prompt-tokens {c.prompt_tokens} to evolve it in")
+    if c.method != "rl" and longest > c.prompt_tokens / 2:
+        say(f"note: the seed prompt takes {longest} of --prompt-tokens {c.prompt_tokens}, which leaves little room for examples")
     if c.method != "rl" and c.reflection_tokens >= context:
         raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} "
                          "to reflect on")

@@ -1749,10 +1749,17 @@ def test_what_does_not_fit_the_context_is_refused_at_once(tiny_run, flag):
         tiny_run("--method", "gepa", flag, 100_000)
 
 
-def test_a_seed_prompt_that_leaves_no_room_to_evolve_it_is_refused(tiny_run):
+def test_a_seed_prompt_that_leaves_no_room_to_evolve_it_is_refused(tiny_run, capsys):
+    """Or named, where it leaves little."""
     with pytest.raises(ValueError, match="a seed prompt of [0-9]+ tokens leaves none of --prompt-tokens 5 "):
         tiny_run("--method", "gepa", "--prompt-tokens", 5)
     assert tiny_run("--method", "rl", "--prompt-tokens", 5).done == 0             # which evolves none
+    capsys.readouterr()
+    run = tiny_run()
+    size = run.count_tokens(Context(run.tasks[0].seed_prompt))
+    for tokens, told in ((2 * size, ""), (2 * size - 1, f"note: the seed prompt takes {size} of --prompt-tokens {2 * size - 1}, which leaves little room for examples\n")):
+        tiny_run("--prompt-tokens", tokens)
+        assert capsys.readouterr().out == told
 
 
 def test_the_longest_question_fits_under_the_longest_prompt(tiny_run):
