@@ -151,9 +151,9 @@ def resolve(config):
     if not cpu:
         torch.cuda.set_device(torch.device(c.device).index or 0)      # a graph is recorded on the current device
         free, total = torch.cuda.mem_get_info(c.device)
-        free += torch.cuda.memory_reserved(c.device)                  # ours already
-        torch.cuda.set_per_process_memory_fraction(0.95 * free / total)     # all would leave cuBLAS and graphs none
-        defaults["memory"] = 0.9e-9 * free
+        ours = torch.cuda.memory_reserved(c.device)                   # where this process has run something before
+        torch.cuda.set_per_process_memory_fraction(0.95 * (free + ours) / total)      # of the rest cuBLAS and graphs take theirs
+        defaults["memory"] = 0.9e-9 * (free + ours - torch.cuda.memory_allocated(c.device))
     if set(names) == {"arithmetic"}:                      # learnt in few steps, with short answers
         defaults["steps"] = 9 if cpu else 48
         if c.level == 1:
@@ -315,7 +315,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)            # what a backward pass left that did not get to its end
         for state in self.optimizer.state.values():
-            if len(state) < 3:                            # memory ran out between a first update's moments
+            if len(state) < 3:                            # step and both moments: memory ran out while the first update made them
                 state.clear()
 
     def rate(self):
@@ -1019,7 +1019,8 @@ def parse(argv):
 
 
 def stored_config(folder, changes={}):
-    """The configuration of a run as asked for and as resolved, this one checked like flags: the folder may be a stranger's."""
+    """The configuration of a run as asked for and as resolved, this one checked like flags: the folder may be a stranger's.
+    changes: of the second; on another device the memory is that device's default."""
     path = Path(folder) / "config.json"
     with reading(path):
         stored = json.loads(read_text(path))

@@ -54,7 +54,8 @@ def return_freed_memory():
 
 
 def out_of_memory(error):
-    """Whether that is what an exception says: PyTorch on a CPU, and cuBLAS, have but a RuntimeError for it."""
+    """Whether that is what an exception says: PyTorch on a CPU, and cuBLAS, have but a RuntimeError for it. cuBLAS is "not
+    initialized" where no memory is left for its handle."""
     named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     said = "(not enough|allocate|out of) memory|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED.*cublasCreate)"
     return named or bool(re.search(said, str(error)))

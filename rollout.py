@@ -253,8 +253,8 @@ class Star(Generated):
 
 
 class CodeIO(Generated):
-    """Say what a Python function returns: at level 1 a simple one, else one of `level` - 1 lines. Only our own templates are run,
-    never a model's text."""
+    """Say what a Python function returns: at level 1 one of five simple functions, at level n one of n - 1 lines. Only our own
+    templates are run, never a model's text."""
     name, levels, asked, fold_case = "codeio", 6, "the returned value and nothing else", False
     simple = {int: ["{x} + {k}", "max({x}, {k}{k})"], list: ["max({x})", "min({x})", "{x}[1]"]}
     operations = {  # on x, by its type; no result is too short for any operation that may follow

@@ -100,8 +100,8 @@ def finish(device):
 
 @torch.no_grad()
 def limits(model):
-    """Measured here and now: FLOP/s of the model's widest products over 2,048 rows, bytes/s at which memory is read. A card is asked
-    for more, 20 times: else the clock would measure its start."""
+    """Measured here and now: FLOP/s of the model's widest products over 2,048 rows, bytes/s at which memory is read. On a card over
+    16,384 rows, and each 20 times: else the clock would measure the launches."""
     weight, device = model.embedding, model.embedding.device
     rows, size, times = (16384, 2 ** 30, 20) if device.type == "cuda" else (2048, 2 ** 27, 1)
     x = torch.randn(rows, model.config.hidden_size, device=device, dtype=weight.dtype)
@@ -197,6 +197,8 @@ def main():
     for system, start in systems.items():
         if system != "ours" and system not in options.peers.split(","):
             continue
+        function = None                                   # and with it the weights of the system before
+        torch.cuda.empty_cache()
         try:
             function = start()
         except ImportError as error:
@@ -205,15 +207,15 @@ def main():
         for name in jobs:
             problems, samples, limit, long = JOBS[name]
             prompts = prompts_of(tokenizer, task, problems, samples, long)
-            if device.type == "cuda":                     # what was compiled for another job's shapes would be compiled anew
-                torch._dynamo.reset()
+            if device.type == "cuda":
+                torch._dynamo.reset()                     # else a second job's shapes would be compiled as dynamic ones
                 torch.cuda.reset_peak_memory_stats()
             rate, tokens = measure(lambda seed: function(prompts, limit, seed), options.repeats, device)
             slots = options.slots if system == "ours" else len(prompts)
             share, of_memory = (least * rate / tokens for least in least_seconds(model, reach, prompts, tokens, slots))
-            print(f"{name:36} {system:14} {rate:8.0f} tok/s  ({tokens} tokens), {share:4.0%} of the limit, {of_memory:4.0%} of memory's", flush=True)
+            print(f"{name:36} {system:14} {rate:8.0f} tok/s  ({tokens} tokens), {share:4.0%} of the limit, {of_memory:4.0%} of the memory bandwidth", flush=True)
             record("bench_sampler.jsonl", job=name, system=system, tokens_per_second=rate, tokens=tokens, share_of_limit=share, share_of_bandwidth=of_memory,
-                   slots=slots, **({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}),
+                   slots=slots, **({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" and system != "vllm" else {}),
                    flops=reach[0], bytes_per_second=reach[1], model=options.model, dtype="bfloat16", repeats=options.repeats)
 
 
@@ -224,7 +226,7 @@ def grow(model, tokenizer, task, options, reach, rows=64, long=0, limit=64):
     rate, tokens = measure(lambda seed: ours(model, endless, prompts, limit, seed, rows), options.repeats, model.embedding.device)
     share, of_memory = (least * rate / tokens for least in least_seconds(model, reach, prompts, tokens, rows))
     print(f"rows {rows:4d}  prompt {len(prompts[0]):5d}  new tokens {limit:4d}: {rate:7.0f} tok/s, {tokens / rate:7.2f} s, "
-          f"{share:4.0%} of the limit, {of_memory:4.0%} of memory's", flush=True)
+          f"{share:4.0%} of the limit, {of_memory:4.0%} of the memory bandwidth", flush=True)
     record("bench_growth.jsonl", rows=rows, prompt=len(prompts[0]), new_tokens=limit, tokens_per_second=rate, seconds=tokens / rate,
            share_of_limit=share, share_of_bandwidth=of_memory, flops=reach[0], bytes_per_second=reach[1], model=options.model)
 

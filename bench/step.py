@@ -89,11 +89,13 @@ def trl(task, problems, group, limit, long, steps):
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - self.start)
 
-    # a batch is sampled as a whole and trained on group by group: all of it at once wants more than 24 GB
-    options = GRPOConfig(output_dir=folder + "/out", per_device_train_batch_size=group, gradient_accumulation_steps=problems,
+    # a batch is sampled as a whole and, on a CPU, trained on group by group: all of it at once wants more than 24 GB
+    cuda = torch.cuda.is_available()
+    options = GRPOConfig(output_dir=folder + "/out", per_device_train_batch_size=group * problems if cuda else group,
+                         gradient_accumulation_steps=1 if cuda else problems,
                          num_generations=group, max_completion_length=limit,
                          max_steps=steps + 1, learning_rate=1e-6, beta=0.0, temperature=1.0, top_p=1.0, top_k=0, bf16=True, report_to=[], save_strategy="no",
-                         use_cpu=not torch.cuda.is_available(), logging_steps=1000, gradient_checkpointing=False, disable_tqdm=True)
+                         use_cpu=not cuda, logging_steps=1000, gradient_checkpointing=False, disable_tqdm=True)
     trainer = GRPOTrainer(folder, reward_funcs=reward, args=options, train_dataset=Dataset.from_list(prompts), callbacks=[Clock()])
     trainer.train()
     return {"seconds": min(seconds[1:]), "peak_gb": peak_gb(), "length": sum(lengths) / len(lengths)}
