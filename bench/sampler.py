@@ -21,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from fst import ON_CPU, ON_CUDA                                           # noqa: E402
 from model import load, save                                              # noqa: E402
 from rollout import Context, Sampler, get_task, prefix_segments           # noqa: E402
 
@@ -159,12 +160,12 @@ def main():
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--repeats", type=int, default=2, help="after a warm-up; 0: the warm-up counts, for jobs of minutes")
-    parser.add_argument("--slots", type=int, help="rows of ours decoded at once; default: fst.py's, 128 on a CPU, 512 on CUDA")
+    parser.add_argument("--slots", type=int, help="rows of ours decoded at once; default: fst.py's")
     parser.add_argument("--job", action="append", choices=list(JOBS))
     parser.add_argument("--peers", default="transformers,vllm", help="which peers to run beside ours, where they are installed")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options.slots = options.slots or (512 if device.type == "cuda" else 128)
+    options.slots = options.slots or (ON_CUDA if device.type == "cuda" else ON_CPU)["slots"]
     jobs = options.job or [name for name in JOBS if device.type == "cuda" or name != "8 x 32 x 128"]
     model, tokenizer = load(options.model, device, torch.bfloat16)
     model.requires_grad_(False)
