@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import reflect
 from model import load, out_of_memory, reading, replace_file, return_freed_memory, save
-from rollout import TASKS, Context, Sampler, ask, divergence, examine, get_task, prefix_runs, score
+from rollout import TASKS, Context, Sampler, ask, divergence, examine, get_task, prefix_runs, read_context, score
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration: one flag per field
@@ -78,7 +78,7 @@ class Config:
     method: str = setting("fst", f"one of {', '.join(METHODS)}", "paper: fst")
     model: str = setting("auto", "a Hub id, a Hugging Face directory, a .gguf file, or smollm2-135m")
     why_model: str = ""                                   # no flag: why this model, for the record
-    seed_prompt: str = setting("", "system prompt to start from, a text or a file; empty: the task's own")
+    seed_prompt: str = setting("", "to start from, a text or a file: a system prompt, or JSON with examples; empty: the task's own")
     data: str = setting("", "folder of the task's data; empty: $FST_DATA, the cache, a download")
     seed: int = setting(0, "of everything random")
     device: str = setting("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
@@ -453,7 +453,7 @@ def room_for_prompts(c, tasks, tokenizer, context):
     beside every question and its answer. A ValueError where that is not enough."""
     problems = [problem for task in tasks for split in task.splits.values() for problem in split]
     question = max(len(tokenizer.encode(problem.question)) for problem in problems)
-    longest = max(len(tokenizer.chat(Context(task.seed_prompt).messages(""))) for task in tasks)
+    longest = max(len(tokenizer.chat(task.seed_context.messages(""))) for task in tasks)
     if longest + question + c.max_new_tokens > context:
         raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
                          f"(--max-new-tokens) do not fit the model's context of {context}")
@@ -498,7 +498,7 @@ class Run:
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
         self.refused = 0                                  # updates in a row that were not finite
         self.finished = False                             # the test problems have been read
-        self.population = reflect.Population([Context(self.tasks[0].seed_prompt)])
+        self.population = reflect.Population([self.tasks[0].seed_context])
         self.stop = False
 
     def count_tokens(self, context):
@@ -517,7 +517,7 @@ class Run:
 
     def contexts(self, task):
         """What the slow phase asks under: the K prompts as they are, whatever task evolved them; in plain RL the seed prompt."""
-        return [Context(self.tasks[task].seed_prompt)] if self.config.method == "rl" else self.population.contexts
+        return [self.tasks[task].seed_context] if self.config.method == "rl" else self.population.contexts
 
     def slow(self, task, step):
         """One batch, one update: rollouts under every prompt, advantages over the group, the loss, AdamW."""
@@ -525,7 +525,7 @@ class Run:
         contexts, problems = self.contexts(task), self.batch(task, step)
         self.learner.lr = c.lr * (1 - step / c.steps)     # linear decay: at a constant rate the entropy collapses, then accuracy
         shared = [context for context in contexts for _ in range(c.group // len(contexts))]      # [group]: G / K samples under each
-        student = Context(self.tasks[task].seed_prompt)   # all that distill's student is given
+        student = self.tasks[task].seed_context           # all that distill's student is given
         jobs = [(student if c.method == "distill" else context, problem) for problem in problems for context in shared]
         rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature, (c.seed, task, SLOW, step), "sample")
         self.population.record(rollouts, self.learner.updates)
@@ -702,7 +702,7 @@ class Run:
         c, start = self.config, time.perf_counter()
         problems = self.tasks[task].problems(split)
         problems = random.Random(f"{split} evaluation").sample(problems, min(count, len(problems)))
-        contexts = {"": self.contexts(task)[0], "seed_": Context(self.tasks[task].seed_prompt)}
+        contexts = {"": self.contexts(task)[0], "seed_": self.tasks[task].seed_context}
         row = {"kind": "eval", "task": self.tasks[task].name, "split": split, "n": len(problems), "samples": c.eval_samples,
                "max_new_tokens": c.max_new_tokens, "step": self.steps_done(), **self.spent,
                "rollouts": self.spent["slow_rollouts"] + self.spent["fast_rollouts"]}
@@ -978,16 +978,17 @@ def plot(folders, path):
 
 
 def read_seed_prompt(value):
-    """--seed-prompt's text, or that of the file it names: the run keeps the text."""
-    if not os.path.isfile(value):
-        if re.fullmatch(r"\S*/\S*|\S+\.(txt|md)", value):
-            raise ValueError(f"--seed-prompt {value} looks like a file, and there is none")
-        return value
-    with reading(f"--seed-prompt {value}"):
-        text = read_text(value).removeprefix("\ufeff").strip()
-    if not text:
-        raise ValueError(f"--seed-prompt {value} is an empty file")
-    return text
+    """--seed-prompt's text, or that of the file it names: the run keeps the text; of JSON what `read_context` makes of it."""
+    text = value
+    if os.path.isfile(value):
+        with reading(f"--seed-prompt {value}"):
+            text = read_text(value).removeprefix("\ufeff").strip()
+        if not text:
+            raise ValueError(f"--seed-prompt {value} is an empty file")
+    elif re.fullmatch(r"\S*/\S*|\S+\.(txt|md|json)", value):
+        raise ValueError(f"--seed-prompt {value} looks like a file, and there is none")
+    context = read_context(text)
+    return text if context == Context(text) else json.dumps(dataclasses.asdict(context))
 
 
 def tokens_or_auto(text):
@@ -1120,7 +1121,7 @@ def open_folder(folder, changes={}):
     path = Path(folder) / "checkpoint" / "prompts.json"
     with reading(path):
         population = reflect.Population.from_json(json.loads(read_text(path)))
-        texts = [text for x in population.contexts for text in (x.system, *(t for e in x.examples for t in vars(e).values()))]
+        texts = [text for context in population.contexts for text in context.texts()]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("its prompts are not texts")
     run = Run(c, Path(folder) / "checkpoint")

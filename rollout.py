@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Layout, TokenLogprobs, aligned, attention, cache_folder, out_of_memory, replace_file
+from model import Layout, TokenLogprobs, aligned, attention, cache_folder, out_of_memory, reading, replace_file
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,26 @@ class Context:
     def without(self, problem_id):
         """This context less the examples made of that problem."""
         return Context(self.system, tuple(e for e in self.examples if e.problem_id != problem_id))
+
+    def texts(self):
+        return [self.system, *(text for example in self.examples for text in vars(example).values())]
+
+
+def read_context(text):
+    """What a seed prompt says: a system text, or JSON, {"system": ..., "examples": [{"question": ..., "answer": ...}, ...]} or a run's
+    checkpoint/prompts.json, of which the best prompt is taken. ValueError for other JSON objects."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return Context(text)
+    if not isinstance(row, dict):
+        return Context(text)
+    with reading('a seed prompt in JSON must be {"system": ..., "examples": [{"question": ..., "answer": ...}, ...]}'):
+        row = row["candidates"][0] if "candidates" in row else row
+        context = Context(row["system"], tuple(Example(**{"problem_id": "", **e}) for e in row.get("examples", ())))
+        if not all(isinstance(text, str) for text in context.texts()):
+            raise ValueError("not a text")
+    return context
 
 
 def extract_answer(text):
@@ -133,6 +153,10 @@ class Task:
             raise ValueError(f"task {label} needs problems in each of its three splits, and has {sizes}")
         if repeated := sum(map(len, rows.values())) - len(questions):
             print(f"task {label}: dropped {repeated} repeated questions", file=sys.stderr)
+
+    @property
+    def seed_context(self):
+        return read_context(self.seed_prompt)
 
     def problems(self, split):
         return self.splits[split]

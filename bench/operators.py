@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
 import reflect                                                            # noqa: E402
-from rollout import Context, Generated, ask                               # noqa: E402
+from rollout import Generated, ask                                        # noqa: E402
 from sampler import record                                                # noqa: E402
 
 PARENT = "parent"         # the rows of the parents themselves, whose children are repetitions of them
@@ -47,7 +47,7 @@ def lone_search(**flags):
 def search_of(run, cycle):
     """The Search that Run.fast begins in this cycle, with exactly the callables and settings that it gives to `evolve`, but for the
     budget; the seed prompt and the kept ones are carried, and measured on all anchors."""
-    population = reflect.Population(list(dict.fromkeys([Context(run.tasks[0].seed_prompt), *run.population.contexts])))
+    population = reflect.Population(list(dict.fromkeys([run.tasks[0].seed_context, *run.population.contexts])))
     with mock.patch.object(reflect, "evolve", return_value=([], 0)) as evolve:
         run.fast(0, cycle)
     (_, *arguments), settings = evolve.call_args
