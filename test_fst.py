@@ -821,6 +821,23 @@ def test_seed_prompt():
     assert get_task("star").seed_prompt == "You are a helpful assistant."       # one task's prompt is not another's
 
 
+def test_a_seed_prompt_in_json():
+    """Its examples become turns of the chat; whatever is no JSON object is a system text, as it stands."""
+    for text in ("Answer.", "", "42", "[1]", '"quoted"', "{question}", "{", "[" * 100_000):
+        assert rollout.read_context(text) == Context(text)
+    examples = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4", "problem_id": "sums/train/1"}]
+    context = Context("Add.", (Example("1 + 1?", "#### 2", ""), Example("2 + 2?", "#### 4", "sums/train/1")))
+    seed = {"system": "Add.", "examples": examples}
+    assert get_task("arithmetic", seed_prompt=json.dumps(seed)).seed_context == context
+    assert rollout.read_context('{"system": "Add."}') == Context("Add.")
+    population = Population([context, Context("another")])
+    assert rollout.read_context(json.dumps(population.to_json())) == context                # the best of a run's prompts
+    for wrong in ({}, {"sytem": "Add."}, {"system": 1}, seed | {"examples": "none"}, seed | {"examples": [{"question": "1 + 1?"}]},
+                  seed | {"examples": [examples[0] | {"answer": 2}]}, seed | {"examples": [examples[0] | {"more": ""}]}, {"candidates": []}):
+        with pytest.raises(ValueError, match="a seed prompt in JSON must be"):
+            rollout.read_context(json.dumps(wrong))
+
+
 def test_feedback():
     task, problem = get_task("arithmetic"), Problem("p", "How many?", "26", "6 + 20 = 26\n#### 26")
 
@@ -2528,6 +2545,35 @@ def test_a_run_keeps_what_it_began_with(tmp_path, monkeypatch, capsys):
     (tmp_path / "more").mkdir()
     shutil.copy(data, tmp_path / "more")
     assert "one name" in one_sentence(run_fst(tmp_path, *SHORT, "--task", "jsonl:sums.jsonl,jsonl:more/sums.jsonl", "--out", tmp_path / "two", check=False))
+
+
+def test_a_run_begins_with_anothers_prompt(tmp_path):
+    """--model RUN/checkpoint --seed-prompt RUN/checkpoint/prompts.json: the same prompt, with its examples, on the same weights. The
+    examples are turns of the chat, in training and in evaluations."""
+    context = Context("Answer.", (Example("What is 7 + 9?", "It is even.\n#### 0", ""),))
+    (tmp_path / "seed.json").write_text(json.dumps(dataclasses.asdict(context)))
+    asked, ask = [], rollout.ask
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fst, rollout):
+            patch.setattr(module, "ask", lambda *arguments: asked.extend(ask(*arguments)) or asked[-len(arguments[2]):])
+        run_fst(tmp_path, *SHORT, "--seed-prompt", tmp_path / "seed.json", "--out", tmp_path / "first")
+    tokenizer = load(tmp_path / "model")[1]
+    turns = [("system", "Answer."), ("user", "What is 7 + 9?"), ("assistant", "It is even.\n#### 0")]
+    for r in asked:
+        chat = [{"role": role, "content": content} for role, content in [*turns, ("user", r.problem.question)]]
+        assert r.prompt == tuple(tokenizer.chat(chat))
+    flags = [*SHORT, "--model", tmp_path / "first" / "checkpoint", "--out", tmp_path / "second"]
+    seed = ["--seed-prompt", tmp_path / "first" / "checkpoint" / "prompts.json"]
+    run_fst(tmp_path, *flags, *seed)
+    assert rollout.read_context(json.loads((tmp_path / "second" / "config.json").read_text())["asked"]["seed_prompt"]) == context
+    rows = {name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("first", "second")}
+    ended = [row for row in rows["first"] if row["kind"] == "eval" and row["split"] == "val"][-1]
+    assert [rows["second"][0][key] for key in ("greedy", "mean", "seed_greedy")] == [ended["greedy"], ended["mean"], ended["greedy"]]
+    assert run_fst(tmp_path, *flags, *seed).code == 0                                      # resumed: the text is the same
+    seed[1] = tmp_path / "nowhere.json"
+    assert "looks like a file" in one_sentence(run_fst(tmp_path, *flags, *seed, check=False))
+    seed[1] = '{"examples": []}'
+    assert "a seed prompt in JSON must be" in one_sentence(run_fst(tmp_path, *flags, *seed, check=False))
 
 
 def test_a_run_goes_on_from_another_place(tmp_path):
