@@ -1,0 +1,39 @@
+"""
+A few-shot prompt without any search, for --seed-prompt: reference solutions of training problems drawn at random, as many of them as fit. What
+the fast channel has to beat, for it reads the same solutions.
+
+    python bench/fewshot.py arithmetic --seed 0 > fewshot.json
+    python fst.py --method rl --seed-prompt fewshot.json
+"""
+import argparse
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from model import load                                                    # noqa: E402
+from reflect import answer_alone, fill                                    # noqa: E402
+from rollout import Example, get_task                                     # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--drawn", type=int, default=16, help="solutions")
+    parser.add_argument("--prompt-tokens", type=int, default=320, help="limit of the prompt")
+    parser.add_argument("--brief", action="store_true", help="the answers alone, without their working")
+    parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts")
+    options = parser.parse_args()
+    task, (_, tokenizer) = get_task(options.task), load(options.model)
+    drawn = random.Random(f"few-shot {options.seed}").sample(task.problems("train"), options.drawn)
+    examples = [Example(p.question, p.solution, p.id) for p in drawn]
+    examples = [answer_alone(e) for e in examples] if options.brief else examples
+    context = fill(task.seed_prompt, examples, lambda context: len(tokenizer.chat(context.messages(""))), options.prompt_tokens)
+    print(json.dumps(dataclasses.asdict(context), indent=1))
+
+
+if __name__ == "__main__":
+    main()
