@@ -105,7 +105,7 @@ class Config:
                                "ours: auto; 1280 where arithmetic trains on a CPU")
     memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU")
     # fast weights
-    passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems: 1 only measures, 5 searches", "paper: 960 over 192")
+    passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems: up to 2 only measure, 5 search", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device, task and method")
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "self: the current weights; base: the frozen starting weights", "paper: a frozen model")
@@ -450,7 +450,9 @@ def tasks_of(c, trained=False):
 
 def room_for_prompts(c, tasks, tokenizer, context):
     """The tokens of the longest question, and those that a prompt may take: --prompt-tokens, or as many as the model's context leaves
-    beside every question and its answer. A ValueError where that is not enough."""
+    beside every question and its answer. A ValueError where that is not enough, or nothing would end an answer."""
+    if tokenizer.turn_end is None:
+        raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
     problems = [problem for task in tasks for split in task.splits.values() for problem in split]
     question = max(len(tokenizer.encode(problem.question)) for problem in problems)
     longest = max(len(tokenizer.chat(task.seed_context.messages(""))) for task in tasks)
@@ -479,8 +481,6 @@ class Run:
         self.tasks = tasks_of(c, trained)
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
-        if self.tokenizer.turn_end is None:
-            raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
         question = 0
         if not trained:
             question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context)
@@ -594,7 +594,7 @@ class Run:
     def descend(self, rollouts, loss, reference):
         """Sums the gradient of `loss` over all rollouts, micro-batch by micro-batch, and takes one step; without a rollout nothing
         moves, not even Adam's moments. loss(log-probs, the sampler's log-probs, i) is that of rollout i; reference: i -> its
-        log-probs under the base model or distill's teacher, for the log."""
+        log-probs under the base model or distill's teacher, for the log. What is logged is of these rollouts: without flat groups."""
         if not rollouts:
             return {"trained_rows": 0, "updates": self.learner.updates}
         c, sums = self.config, dict.fromkeys(("loss", "entropy", "kl_sampler", "capped", "kl_reference"), 0.0)
@@ -710,7 +710,7 @@ class Run:
         models = {"base_": self.base, "": self.model} if split == "test" else {"": self.model}
         for prefix, model in models.items():
             if model not in answers:                      # in gepa the trained weights are the base
-                sampler = Sampler(model, self.tokenizer, self.sampler.slots)
+                sampler = self.sampler if model is self.model else Sampler(model, self.tokenizer, self.sampler.slots)
                 answers[model] = dict(zip(distinct, examine(sampler, self.tasks[task], distinct, problems, c.eval_samples,
                                                             c.max_new_tokens, (c.seed, task, EVALUATE), "evaluate")))
             for name, context in contexts.items():
@@ -778,7 +778,8 @@ class Run:
         kept = lambda settings: {name: value for name, value in settings.items() if name not in RESUME_FLAGS}
         if kept(state["config"]) != kept(vars(self.config)):
             changed.append(self.folder / "config.json")
-        changed += [what for what, before in origin.items() if self.origin[what] != before]
+        else:                                             # of the same task and model
+            changed += [what for what, before in origin.items() if self.origin[what] != before]
         if changed:
             raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
         for name in self.PLAIN:

@@ -45,7 +45,7 @@ class Candidate:
     context: Context
     parents: tuple[int, ...] = ()
     operator: str = "seed"
-    verdict: str = "carried"                              # carried, accepted, failed, rejected
+    verdict: str = "carried"                              # carried; accepted or failed at the gate; rejected: no prompt, never asked
     reason: str = ""
     changes: list[str] = field(default_factory=list)      # lines added to and removed from the first parent
     scores: dict[int, dict[str, float]] = field(default_factory=dict)     # weight step -> problem id -> the first answer's reward
@@ -85,6 +85,7 @@ class Population:
         self.candidates = [Candidate(i, context) for i, context in enumerate(contexts)]
         self.proposed = len(self.candidates)                            # ids given out so far
         self.operators = {name: [0.0, 0.0] for name in OPERATORS}       # successes, failures
+        self.solutions = {}                                             # of the last anchors: see `Search.record`
 
     @property
     def contexts(self):
@@ -100,7 +101,9 @@ class Population:
                     c.record(r, step)
 
     def to_json(self):
-        return {"candidates": [c.to_json() for c in self.candidates], "proposed": self.proposed, "operators": self.operators}
+        solutions = {p: {source: vars(example) for source, example in known.items()} for p, known in self.solutions.items()}
+        return {"candidates": [c.to_json() for c in self.candidates], "proposed": self.proposed, "operators": self.operators,
+                "solutions": solutions}
 
     @staticmethod
     def from_json(row):
@@ -108,6 +111,8 @@ class Population:
         once = {c["id"]: Candidate.from_json(c) for c in row["candidates"]}     # a prompt may be there twice
         population.candidates = [once[c["id"]] for c in row["candidates"]]
         population.proposed, population.operators = row["proposed"], population.operators | row["operators"]
+        population.solutions = {p: {source: Example(**example) for source, example in known.items()}
+                                for p, known in row.get("solutions", {}).items()}
         return population
 
 
@@ -320,7 +325,9 @@ class Search:
         self.probes, self.probe_logprobs = [], {}                       # (problem, known solution); context -> log-prob of each
         self.partner = {}                                               # merged context -> id of its second parent
         self.sentences = []                                             # of the feedback, general enough to be lessons
-        self.feedback, self.solutions = defaultdict(list), defaultdict(dict)    # by problem id
+        self.feedback = defaultdict(list)                               # by problem id, as are `solutions`
+        # Of problems that come again what is known stays known: with their scores kept, too, they may not be asked again.
+        self.solutions = defaultdict(dict, {p.id: population.solutions[p.id] for p in self.anchors if p.id in population.solutions})
         answers = Counter(p.answer for p in self.anchors)               # a word that answers several problems gives none of them away
         self.labels = {(p.id, "answer") for p in self.anchors if answers[p.answer] > 1 and not re.search(r"\d", p.answer)}
         ids = {p.id for p in self.anchors}
@@ -435,8 +442,8 @@ class Search:
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
-        # 3. The most promising of the accepted, on all anchors, with half of what is left. Where none of them seems to solve anything,
-        #    form decides more, of which three answers say little: four for each place answer a quarter of the anchors before.
+        # 3. The most promising of the accepted are scored on all anchors, with at most half of what is left. Where none of them seems
+        #    to solve anything, form decides more, of which three answers say little: four for each place first answer a quarter of them.
         places = (self.budget - self.spent) // (2 * len(self.anchors))
         first = lambda n: sorted(self.waiting, key=self.promise, reverse=True)[:n]
         if all(self.unsolved(self.estimate(c)) for c in self.waiting):
@@ -636,7 +643,7 @@ class Search:
         # 3. If those are fewer than `keep`: the best of the others that were asked, then repeats.
         kept += [c for c in sorted(good, key=mean.get, reverse=True) if c not in kept][:keep - len(kept)]
         kept += [kept[i % len(kept)] for i in range(keep - len(kept))]
-        self.population.candidates = kept
+        self.population.candidates, self.population.solutions = kept, dict(self.solutions)
         for c in self.candidates:
             if c.verdict != "rejected":
                 problems = len(c.scores[self.step])
