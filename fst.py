@@ -200,8 +200,9 @@ def plan(c, m, weights, question=0):
     q, kv, answer = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, question + c.max_new_tokens
     context = 0 if c.method == "rl" else c.prompt_tokens
     trains = c.method != "gepa"                           # else the model is its own base, and only scores
-    cached = 2 * w * layers * kv                          # keys and values of a token
-    scores = 4 * w * m.num_heads * min(m.context, context + answer)      # of a token over all that it sees, in one layer at a time
+    s = 4 if m.qkv_bias else w                            # bytes of a query's, a key's and a score's number
+    cached = (s + w) * layers * kv                        # keys and values of a token
+    scores = 4 * s * m.num_heads * min(m.context, context + answer)      # of a token over all that it sees, in one layer at a time
     always = w * weights + trains * (w + 12) * weights    # the model and its base; fp32 masters and two moments
     # sampling: oneDNN's copy of bf16 weights on a CPU; the contexts' keys and values; and for each row its keys and values, its
     # logits with two copies in fp32, and its question's scores in the prefill
@@ -212,7 +213,7 @@ def plan(c, m, weights, question=0):
     # keeps, in each layer 4 vectors of the hidden size, 3 of the queries' and the keys' and 2 of the MLP's; its logits and scores,
     # in `gepa`, too
     gradients = trains * (4 * weights + V * (2 * w * H + 12 * 128))
-    token = trains * w * layers * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) + w * V + scores
+    token = trains * layers * (w * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) + (s - w) * (q + kv)) + w * V + scores
     micro_batch, slots, room = c.micro_batch, c.slots, c.memory * 1e9 - always
     if not micro_batch:
         micro_batch = int(min(max((room - gradients) / token, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))

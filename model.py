@@ -150,6 +150,10 @@ class Transformer(nn.Module):
                 q, k = qk.split([c.num_heads, c.num_kv_heads], dim=1)
                 qk = torch.cat([rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)], dim=1)
             q, k = rotate(qk, cos, signed_sin).split([c.num_heads, c.num_kv_heads], dim=1)
+            # Qwen2's biases add hundreds to all scores of a query alike: in bf16 what tells them apart would be lost, and with it
+            # a tenth of the perplexity (github.com/huggingface/transformers/pull/33317).
+            if c.qkv_bias:
+                q, k = q.float(), k.float()
             x = x + self.linear(attend(index, q, k, v), layer.output)
             gate_up = self.linear(rms_norm(x, layer.mlp_norm, c.norm_eps), layer.gate_up)
             # Only SwiGLU is recomputed, not the product: checkpoint stops at the last tensor that backward needs, its input.
@@ -235,12 +239,12 @@ def attention(q, k, v, mask, shared=None):
     mask = mask.expand(P, kv_heads, S, -1, -1).flatten(0, 2)
     scores = product(mask, q.view(-1, group * L, head_dim), k.flatten(0, 2).transpose(1, 2))  # [P * kv_heads * S, group * L, keys]
     if shared is None:
-        out = scores.softmax(-1) @ v.flatten(0, 2)
+        out = scores.softmax(-1).to(v.dtype) @ v.flatten(0, 2)
     else:
         shared_k, shared_v, shared_mask = shared
         shared_mask = shared_mask.expand(P, kv_heads, -1).reshape(P * kv_heads, 1, -1)
         far_scores = product(shared_mask, q, shared_k.flatten(0, 1).transpose(1, 2))          # [P * kv_heads, queries, shared keys]
-        weights = torch.cat([far_scores.view(*scores.shape[:2], -1), scores], dim=-1).softmax(-1)
+        weights = torch.cat([far_scores.view(*scores.shape[:2], -1), scores], dim=-1).softmax(-1).to(v.dtype)
         far, near = weights.split([far_scores.shape[-1], scores.shape[-1]], dim=-1)
         far = far.reshape(far_scores.shape)
         out = torch.baddbmm((near @ v.flatten(0, 2)).view(q.shape), far, shared_v.flatten(0, 1))

@@ -98,7 +98,7 @@ def extract_answer(text):
     return tail.splitlines()[0].strip() or None if mark and tail else None
 
 
-NUMBER = re.compile(r"(?:[-−–]\s?[$€£]?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
+NUMBER = re.compile(r"(?:[-−–]\s?(?:\\?[$€£])?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
                     r"(?:[eE][-+]?\d{1,8}(?!\w))?")       # 1,000 or 1000.5 or -.5 or -$3 or 1e3
 
 
@@ -113,7 +113,7 @@ def parse_number(text):
     if re.search(r"\d\s?[²³¹⁰-⁹¼-¾⅐-⅞]|[√¼-¾⅐-⅞]\s?\d", text):       # but 12 m² is 12
         return None
     sides = [NUMBER.findall(side) for side in text.split("=")]
-    exact = lambda number: Decimal(re.sub(r"[,\s$€£]", "", number).translate({ord("−"): "-", ord("–"): "-"}))
+    exact = lambda number: Decimal(re.sub(r"[,\s\\$€£]", "", number).translate({ord("−"): "-", ord("–"): "-"}))
     values = {exact(number) for side in sides for number in side}
     return values.pop() if len(values) == 1 and max(map(len, sides)) == 1 else None
 
@@ -594,7 +594,8 @@ class Sampler:
         # and a smaller batch is another graph: it is asked seldom, and some rows leave only when the cache grows.
         self.cuda = model.embedding.device.type == "cuda"
         self.room = 128 if self.cuda else 16                                                  # tokens that the cache grows by
-        self.patience = 16 if self.cuda else 1                                                # tokens from one asking to the next
+        # Tokens from one asking to the next; divides `room`: on a GPU rows leave where an asking falls on a full cache.
+        self.patience = 16 if self.cuda else 1
 
     def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None, greedy=None):
         """prompts: token ids, or texts -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
