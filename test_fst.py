@@ -3197,6 +3197,29 @@ def test_groups_side_by_side(tmp_path):
         "| ablate-x | t | fst | 1 | 3: 25.0% | 25.0% | 25.0% | 12.5% | 5.00 | 0.55 |"]
 
 
+def test_a_few_shot_prompt_is_drawn_at_random(tmp_path, capsys, monkeypatch):
+    """bench/fewshot.py: training problems with their solutions, within the limit, a function of the seed."""
+    write_checkpoint(tmp_path, "qwen3")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import fewshot
+    task, (_, tokenizer) = get_task("arithmetic"), load(tmp_path)
+    solutions = {p.id: Example(p.question, p.solution, p.id) for p in task.problems("train")}
+
+    def draw(*flags):
+        monkeypatch.setattr(sys, "argv", ["fewshot.py", "arithmetic", "--model", str(tmp_path), "--prompt-tokens", "900", *flags])
+        fewshot.main()
+        return rollout.read_context(capsys.readouterr().out)
+
+    contexts = [draw("--seed", str(seed)) for seed in range(3)]
+    for context in contexts:
+        assert context.system == task.seed_prompt and len(context.examples) > 1
+        assert all(e == solutions[e.problem_id] for e in context.examples)
+        assert len(tokenizer.chat(context.messages(""))) <= 900
+    assert len(set(contexts)) == 3 and draw("--seed", "1") == contexts[1]
+    brief = draw("--seed", "1", "--brief")
+    assert len(brief.examples) > len(contexts[1].examples) and all(e.answer == solutions[e.problem_id].answer.splitlines()[-1] for e in brief.examples)
+
+
 @pytest.mark.parametrize("change", ["per-prompt", "random-reward", "no-reuse"])
 def test_each_ablation_changes_what_it_says(change, monkeypatch):
     """Advantages as of each prompt's own group; rewards of the same sum in another order; no scores kept of slow rollouts."""

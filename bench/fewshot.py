@@ -1,6 +1,6 @@
 """
-A few-shot prompt without any search, for --seed-prompt: reference solutions of training problems drawn at random, as many of them as fit. What
-the fast channel has to beat, for it reads the same solutions.
+A few-shot prompt without any search, for --seed-prompt: the reference solutions of 16 training problems drawn at random, as many as
+fit. What the fast channel has to beat, for it reads the same solutions.
 
     python bench/fewshot.py arithmetic --seed 0 > fewshot.json
     python fst.py --method rl --seed-prompt fewshot.json
