@@ -259,6 +259,48 @@ def test_scores_in_the_hundreds_keep_their_differences(tmp_path):
         assert drift(ours(tokens)) < 1.2 * drift(fused(tokens).logits)
 
 
+def test_softmax_and_angles_are_of_fp32_in_bf16(tmp_path):
+    """What bf16 would round away: log-probs and entropies of bf16 logits, sampled or scored, are those in float64 of the very same logits; an
+    angle at position 400 is not rounded before its cosine."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (50, 1000))
+    logits, targets = torch.nn.functional.linear(hidden, weight), torch.randint(0, 1000, (50,), generator=generator)
+    exact = (logits.double() / 0.7).log_softmax(-1)
+    logprobs, entropies = model.TokenLogprobs.apply(hidden, weight, targets, 0.7)
+    torch.testing.assert_close(logprobs.double(), exact[range(50), targets], atol=1e-4, rtol=0)
+    torch.testing.assert_close(entropies.double(), -(exact.exp() * exact).sum(-1), atol=1e-4, rtol=0)
+    for temperature in (0.7, 1.0):
+        exact = (logits.double() / temperature).log_softmax(-1)
+        tokens, logprobs = rollout.pick(logits, torch.rand(50, generator=generator), temperature)
+        torch.testing.assert_close(logprobs.double(), exact[range(50), tokens], atol=1e-4, rtol=0)
+    config = model.Config("LlamaForCausalLM", 1000, 64, 128, 2, 4, 2, 16, 1e-5, 1e4, None, 512, True, False, False)
+    angle = torch.arange(512)[:, None].double() * 1e4 ** -(torch.arange(8).double() / 8)
+    cos, signed_sin = model.rope_table(config, torch.arange(512), torch.bfloat16)
+    torch.testing.assert_close(cos[:, 0, :8].double(), angle.cos(), atol=4e-3, rtol=0)
+    torch.testing.assert_close(signed_sin[:, 0, 8:].double(), angle.sin(), atol=4e-3, rtol=0)
+
+
+def test_all_stop_ids_are_saved(tmp_path):
+    """Qwen and Llama 3 have several: a checkpoint that lost one would run on behind an answer."""
+    write_checkpoint(tmp_path / "a", "llama")
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    save(tmp_path / "b", *load(tmp_path / "a"))
+    assert load(tmp_path / "b")[1].stop_ids == (0, 7, 9)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == [0, 7, 9]
+
+
+def test_interpolated_angles():
+    """Llama 3.1's scaling of the frequencies that make 1 to 4 rotations in the original context, as transformers has it."""
+    scaling = {key: LLAMA3[key] for key in model.LLAMA3_SCALING} | {"original_max_position_embeddings": 8192}
+    ours = model.Config("LlamaForCausalLM", 1000, 64, 128, 2, 4, 2, 64, 1e-5, 5e5, scaling, 512, True, False, False)
+    theirs = transformers.LlamaConfig(hidden_size=256, num_attention_heads=4, head_dim=64, rope_parameters=LLAMA3 | scaling)
+    want = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0]
+    torch.testing.assert_close(model.rope_frequency(ours), want, rtol=1e-5, atol=0)
+    plain = model.rope_frequency(dataclasses.replace(ours, rope_scaling=None))
+    assert ((want < 0.999 * plain) & (want > 1.001 * plain / 8)).sum() >= 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_load_and_save_agree_with_transformers(tmp_path, kind, sharded):
@@ -1410,6 +1452,20 @@ def test_on_a_gpu_sampling_ends_soon_after_the_last_row(tiny, monkeypatch):
     assert longest > 17 and longest - 1 <= len(steps) < longest + 16
 
 
+def test_rows_of_other_prompts_have_other_uniforms():
+    """18: so do equal prompts, and another seed."""
+    rows = [*rollout.uniforms([(5,), (5,), (6,)], 4, 0).tolist(), *rollout.uniforms([(5,)], 4, 1).tolist()]
+    assert len(set(map(tuple, rows))) == 4 and all(0 <= u < 1 for row in rows for u in row)
+
+
+def test_the_grader_is_told_what_was_cut_off(tiny):
+    ours, tokenizer, _ = tiny
+    told, task = [], Echo()
+    task.grade = lambda problem, text, stopped=True: told.append(stopped) or rollout.Grade(0.0, "No.")
+    rollouts = rollout.ask(Sampler(ours, tokenizer), task, [(Context("Be brief."), p) for p in task.problems("train")], 40)
+    assert told == [r.stopped for r in rollouts]
+
+
 def test_sampling_out_of_memory_begins_again_with_half_the_slots(tiny, monkeypatch):
     """The same tokens as of a sampler of so few slots; later calls keep to as few; the model is left as it was; with one slot the
     error comes through."""
@@ -1805,6 +1861,147 @@ def test_a_seed_prompt_that_leaves_little_room_is_noted(tiny_run, capsys):
     for tokens, told in ((2 * size, ""), (2 * size - 1, f"note: the seed prompt takes {size} of --prompt-tokens {2 * size - 1}, which leaves little room for examples\n")):
         tiny_run("--prompt-tokens", tokens)
         assert capsys.readouterr().out == told
+
+
+def test_every_seed_step_and_cycle_draws_anew(tiny_run, monkeypatch):
+    """19: the same problems under the same prompt are answered otherwise in another step or cycle and with another seed, by which the batches
+    and the search differ, too; the problems of an evaluation do not."""
+    examine, out = rollout.examine, itertools.count()
+
+    def drawn(seed):
+        run = tiny_run("--seed", seed, out=f"run-{next(out)}")
+        ids, problems = [p.id for p in run.batch(0, 0)], run.tasks[0].problems("train")[:3]
+        jobs, told, evaluated = [(Context("Be brief."), p) for p in problems for _ in range(4)], [], []
+        run.population, run.batch = Population([Context("Be brief.")] * 2), lambda *_: problems
+        run.reinforce = lambda rollouts, rewards: told.append([r.tokens for r in rollouts]) or {}
+        with monkeypatch.context() as patch:
+            patch.setattr(reflect, "evolve", lambda population, anchors, ask, *_, seed, **more: told.extend([seed, [r.tokens for r in ask(jobs, 1)]]) or ([], 0))
+            patch.setattr(fst, "examine", lambda s, t, contexts, problems, *rest: evaluated.extend(problems) or examine(s, t, contexts, problems, *rest))
+            for number in (0, 1):
+                run.slow(0, number)
+                run.fast(0, number)
+            run.evaluate(0, "val", 4)
+        return ids, told, [p.id for p in evaluated]
+
+    one, again, other = drawn(0), drawn(0), drawn(1)
+    assert one == again and one[0] != other[0] and one[2] == other[2]
+    assert len(set(map(repr, one[1] + other[1]))) == 12
+
+
+def test_references_are_at_the_temperature_of_the_samples(tiny_run):
+    """1: the weights are still the base's, and the teacher's prompt the student's: no penalty, and nothing to distill."""
+    run, other = (tiny_run("--method", method, "--temperature", 0.6, "--kl", 0.5, out=method) for method in ("rl", "distill"))
+    rollouts = rollout.ask(run.sampler, run.tasks[0], [(run.contexts(0)[0], p) for p in run.batch(0, 0) for _ in range(4)], 8, 0.6, 0)
+    assert run.reinforce(rollouts, torch.tensor([[1.0, 0, 0, 1]] * 3))["kl_reference"] < 1e-9
+    assert other.distill(rollouts, [run.contexts(0)[0]] * 12)["loss"] < 1e-9
+
+
+def test_the_two_by_two(tiny_run):
+    """23: {base, trained weights} x {seed, evolved prompt}, each asked by hand, each in its place in the row, the table and the plot."""
+    run = tiny_run()
+    run.population = Population([Context("Be brief.")])
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.mul_(0.8)
+    row, problems = run.evaluate(0, "test", 24), run.tasks[0].problems("test")
+    accuracy = lambda weights, context: statistics.mean(r.reward for r in rollout.ask(
+        Sampler(weights, run.tokenizer), run.tasks[0], [(context, p) for p in problems], 8, 0.0))
+    seed, evolved = Context(run.tasks[0].seed_prompt), run.contexts(0)[0]
+    want = [accuracy(run.base, seed), accuracy(run.base, evolved), accuracy(run.model, seed), accuracy(run.model, evolved)]
+    keys = ["base_seed_", "base_", "seed_", ""]
+    assert [row[f"{key}greedy"] for key in keys] == pytest.approx(want) and len(set(want)) > 2
+    assert list(fst.GAINS) == [f"{key}mean" for key in ("base_seed_", "seed_", "base_", "")]
+    assert list(fst.GAINS.values()) == ["neither", "weights alone", "prompt alone", "both"]
+    made_up = row | {f"{key}{how}": (i + n) / 100 for i, key in enumerate(keys) for how, n in (("greedy", 10), ("mean", 20))}
+    cells = [re.findall(r"[\d.]+%", line) for line in fst.table(made_up).splitlines()[2:]]
+    assert cells == [["10.0%", "20.0%", "11.0%", "21.0%"], ["12.0%", "22.0%", "13.0%", "23.0%"]]
+
+
+def test_the_last_cycle_may_be_shorter(tiny_run):
+    """Its fast phase takes the problems of its own steps, and its budget."""
+    config = fst.Config(steps=5, cycle=2)
+    assert [list(fst.steps_of(config, cycle)) for cycle in range(3)] == [[0, 1], [2, 3], [4]]
+    run, given = tiny_run("--steps", 3, "--passes", 5), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reflect, "evolve", lambda population, anchors, *_, **more: given.update(anchors=anchors, **more) or ([], 0))
+        run.fast(0, 1)
+    assert given["anchors"] == run.batch(0, 2) and given["budget"] == 15
+
+
+def test_wilsons_interval():
+    """Its ends are the proportions from which what was seen lies 1.96 standard errors away."""
+    for successes, n in ((0, 64), (10, 50), (52, 64), (128, 128)):
+        low, high = fst.wilson(successes, n)
+        assert low - 1e-9 < successes / n < high + 1e-9 and high - low > 0.02
+        for end in (low, high):
+            assert abs(successes / n - end) == pytest.approx(1.96 * math.sqrt(max(end * (1 - end), 0) / n), abs=1e-6)
+
+
+def test_the_slow_phases_rollouts_score_its_prompts(tiny_run):
+    """12: until the first update, the first answer to each problem of those under each prompt."""
+    run, seen = tiny_run("--method", "fst"), []
+    run.population = Population([Context("one"), Context("two")])
+    for c in run.population.candidates:
+        c.scores, c.formed = {0: {}}, {0: {}}
+    run.reinforce = lambda rollouts, rewards: seen.extend(rollouts) or {}
+    run.slow(0, 0)
+    for c in run.population.candidates:
+        assert c.scores == {0: {r.problem.id: r.reward for r in reversed(seen) if r.context == c.context}}
+    run.learner.updates, before = 1, [c.to_json() for c in run.population.candidates]
+    run.slow(0, 1)
+    assert [c.to_json() for c in run.population.candidates] == before
+
+
+def test_too_long_a_reflection_loses_its_beginning(tiny_run, monkeypatch):
+    run, prompts, given = tiny_run(), [], []
+    monkeypatch.setattr(reflect, "evolve", lambda population, anchors, ask, write, *_, **more: given.append(write) or ([], 0))
+    run.fast(0, 0)
+    monkeypatch.setattr(Sampler, "generate", lambda self, asked, *_: prompts.extend(asked) or [])
+    chat = [{"role": "user", "content": "".join(map(str, range(1000)))}]
+    given[0]([chat], 0)
+    assert prompts == [run.tokenizer.chat(chat)[-(512 - 12):]] and len(prompts[0]) == 500
+
+
+def test_check_counts_the_rollouts(tmp_path, capsys):
+    """4 steps of 3 problems x 4; 2 fast phases of 5 passes over 6 problems."""
+    write_checkpoint(tmp_path / "model", "qwen3")
+    write_parities(tmp_path / "data.jsonl")
+    assert fst.main(["--check", "--model", str(tmp_path / "model"), "--task", f"jsonl:{tmp_path / 'data.jsonl'}", *TINY]) == 0
+    assert "48 slow rollouts, at most 60 fast ones" in capsys.readouterr().out
+
+
+def test_packed_weights_are_planned_for():
+    """oneDNN's copy of bf16 weights on a CPU, 2 bytes each; not in fp32, nor on a card. Plain RL holds no evolved context."""
+    m = model.Config("LlamaForCausalLM", 1000, 64, 128, 2, 4, 2, 16, 1e-5, 1e4, None, 8192, True, False, False)
+    c = fst.resolve(fst.Config(method="rl", device="cpu", dtype="bfloat16", model="m", slots=10))
+    beyond = lambda c: (lambda parts: parts["sampling"] - parts["always"])(fst.plan(c, m, 10 ** 6)[0])
+    assert beyond(c) - beyond(dataclasses.replace(c, device="cuda")) == 2 * 10 ** 6
+    row = lambda w: 2 * w * 2 * 32 * (128 + 32) + (w + 8) * 1000 + 4 * w * 4 * (128 + 32) * 128
+    assert beyond(dataclasses.replace(c, dtype="float32")) == 10 * row(4) and beyond(c) == 2 * 10 ** 6 + 10 * row(2)
+
+
+def test_refusals_are_counted_across_a_stop(tiny_run):
+    run = tiny_run()
+    run.refused = 3
+    run.save()
+    again = fst.Run(run.config)
+    again.restore()
+    assert again.refused == 3
+
+
+def test_no_warm_up_may_be_asked_for():
+    assert [fst.resolve(fst.Config(device="cpu", dtype="float32", model="m", steps=9, warmup=n)).warmup for n in (None, 0, 7)] == [2, 0, 7]
+
+
+def test_who_stops_at_the_limit_has_finished(tiny_run):
+    """23: eight tokens, the eighth the stop token; and eight without one."""
+    run = tiny_run("--method", "rl")
+    stop, plain = run.tokenizer.stop_ids[0], [5] * 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "generate", lambda self, prompts, *_: [rollout.Completion([*plain[:7], stop] if i % 4 == 0 else plain, [-1.0] * 8, i % 4 == 0)
+                                                                      for i, _ in enumerate(prompts)])
+        run.reinforce = lambda rollouts, rewards: {}
+        assert run.slow(0, 0)["finished"] == 1 / 4
 
 
 def test_the_longest_question_fits_under_the_longest_prompt(tiny_run):
@@ -2431,6 +2628,9 @@ def test_every_method_end_to_end(tmp_path, method):
     last = rows[-1]
     assert last["split"] == "test" and {"greedy", "mean", "seed_greedy", "seed_mean", "base_greedy", "base_seed_greedy", "kl_base", "n", "step", "rollouts"} <= last.keys()
     assert all(row["split"] == "val" for row in rows[:-1] if row["kind"] == "eval")           # 24: test is read once, at the end
+    when = {"rl+gepa": [0, 2, 4, 4, 4], "gepa+rl": [0, 0, 0, 2, 4]}.get(method, [0, 2, 4])      # after each fast phase outside a cycle, too
+    assert [row["step"] for row in rows[:-1] if row["kind"] == "eval"] == when
+    assert last["rollouts"] == 12 * kinds.count("step") + sum(row.get("rollouts_used", 0) for row in rows) > 0
     steps = [row for row in rows if row["kind"] == "step"]
     assert [row["slow_rollouts"] for row in steps] == [12, 24, 36, 48][:len(steps)]
     assert bool(prompts) == (method != "rl")
@@ -3657,6 +3857,69 @@ def test_slow_rollouts_at_the_same_weights_count():
     model.rollouts = []
     run(model, anchors=anchors, population=population, n=12, budget=7)     # asks the other seven
     assert {r.problem.id for r in model.rollouts} == {p.id for p in anchors[5:]} and winner.scores[0].keys() == {p.id for p in anchors[1:]}
+
+
+def test_a_minibatch_is_of_failures_then_of_unasked_ones():
+    search = searching("a")
+    c, = search.candidates
+    c.scores = {0: {f"train/{i}": float(i > 1) for i in range(40)}}           # 0 and 1 failed, 40 to 47 not asked yet
+    for _ in range(20):
+        chosen = {int(p.id.split("/")[1]) for p in search.minibatch(c)}
+        assert {0, 1} < chosen and max(chosen) >= 40
+
+
+def test_the_form_of_answers_to_other_problems_does_not_count():
+    population, _, _ = run(Model(base=0.9), 0, n=24)
+    anchors = [dataclasses.replace(p, id=f"other/{p.id}") for p in problems(24)]
+    _, everyone, _ = run(Model(base=0.1), 1, population=population, anchors=anchors, n=24)
+    assert all(c.formed[0].keys() == c.scores[0].keys() for c in everyone)
+
+
+def test_what_the_reflector_reads():
+    """The whole instruction, and of each rollout the question, what the model said and what the grader said of it."""
+    problem, system = problems(1)[0], "Be brief. " * 300 + "End."
+    r = Rollout(problem, Context(system), (1,), [1], [0.0], "It is 7.", True, 0.0, "No.\nA reference solution:\n1 + 2")
+    text = reflect.reflection(Context(system), [r, r])[1]["content"]
+    assert f"```\n{system}\n```" in text
+    assert text.count(f"Question: {problem.question}\nResponse: It is 7.\nFeedback: No.\nA reference solution:\n1 + 2\n\n") == 2
+
+
+def test_of_several_carried_prompts_the_best_is_measured_on_all():
+    """48 problems, 60 rollouts: two fifths of them shared by three, the rest for the best so far, wherever it stands."""
+    for place in range(3):
+        systems = [f"Work {'carefully' if i == place else 'on'}, {i}." for i in range(3)]
+        model, population = Model(base=0.5, example=0, quality=0, lesson=0), Population([Context(system) for system in systems])
+        model.accuracy = lambda context: float("carefully" in context.system)
+        search = reflect.Search(population, problems(48), model.ask, model.write, None, count, 100, 0, 0, 200)
+        search.measure_carried()
+        assert [len(c.scores[0]) for c in search.candidates] == [48 if i == place else 13 for i in range(3)]
+
+
+def test_a_rewrite_may_keep_what_its_parent_says_and_is_charged_for_what_it_may_not():
+    search = searching("Say 5006.")
+    parent, = search.candidates
+    assert search.rewrite(parent, "```\nAlways say 5006.\n```", True).verdict == "failed"                 # as a child not asked yet
+    assert search.rewrite(parent, "```\nSay 5006 or 5008.\n```", True).verdict == "rejected"
+    assert search.population.operators["rewrite"] == [0, 1]
+
+
+def test_a_lesson_is_dropped_now_and_then():
+    search = searching("")
+    search.sentences = [FORMAT, "Say in one word where it is."]
+    dropped = sum(not lessons_of(search.lesson(Context(f"Be brief.\n- {FORMAT}"), set()).system)[1] for _ in range(400))
+    assert 65 < dropped < 135                             # a quarter; 4 standard deviations around 100
+
+
+def test_the_places_of_the_kept_are_told():
+    population, _, _ = run(Model(base=0.4), 0)
+    assert [c.reason.rpartition("; ")[2] for c in population.candidates] == [f"kept as number {i}" for i in (1, 2, 3, 4)]
+
+
+def test_two_gains_have_a_sample_standard_error():
+    """Gains 0.05 and 0.25: mean 0.15; its standard error, of n - 1 degrees of freedom, 0.1, of n it would be 0.0707."""
+    search = searching()
+    search.probe_logprobs = {"child": [0.45, 0.75], "parent": [0.4, 0.5]}
+    assert not search.likelier("child", "parent")
 
 
 def test_what_is_known_of_problems_that_come_again_stays_known():
