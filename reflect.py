@@ -559,8 +559,11 @@ class Search:
         return len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
     def solution(self, problem_id, own=False):
-        """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`) the model's."""
+        """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`, or where the reference
+        has no working, which the model's may have) the model's."""
         known = self.solutions[problem_id]
+        reference = known.get("reference")
+        own = own or reference and reference == answer_alone(reference)
         return known.get("own" if own else "reference") or next(iter(known.values()))        # else whichever there is
 
     def lesson(self, context, minibatch_ids):

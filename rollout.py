@@ -37,7 +37,7 @@ class Problem:
     id: str                 # stable across processes and versions: "arithmetic-1/train/17"
     question: str
     answer: str
-    solution: str = ""      # reference steps that end in a line "#### answer"; may be empty
+    solution: str = ""      # reference steps, where they are known, and a line "#### answer"
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class Task:
         for split in ("test", "val", "train"):          # a question that is in several stays in the first of these
             for i, row in enumerate(rows[split]):
                 question = " ".join(row[0].split())
-                if question not in questions:
-                    self.splits[split].append(Problem(f"{label}/{split}/{i}", *row))
+                if question not in questions:           # without steps the answer in its form is the reference solution
+                    self.splits[split].append(Problem(f"{label}/{split}/{i}", *row[:2], "".join(row[2:]) or f"#### {row[1]}"))
                 questions.add(question)
         if not all(self.splits.values()):
             sizes = ", ".join(f"{split} {len(problems)}" for split, problems in self.splits.items())

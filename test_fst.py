@@ -1063,7 +1063,7 @@ def test_jsonl_keys(tmp_path, capsys):
     task = get_task(f"jsonl:{path}")
     assert "dropped 1 repeated" in capsys.readouterr().err
     assert [(p.question, p.answer, p.solution) for split in ("train", "val", "test") for p in task.problems(split)] == [
-        ("a", "3", "2 + 1 = 3\n#### 3"), ("d", "12345678901234567890123", ""),
+        ("a", "3", "2 + 1 = 3\n#### 3"), ("d", "12345678901234567890123", "#### 12345678901234567890123"),
         ("b", "0.10", "one tenth\n#### 0.10"), ("c", "Paris", "ends so\n#### paris")]
 
 
@@ -3420,13 +3420,14 @@ def test_a_few_shot_prompt_is_drawn_at_random(tmp_path, capsys, monkeypatch):
     assert len(brief.examples) > len(contexts[1].examples) and all(e.answer == solutions[e.problem_id].answer.splitlines()[-1] for e in brief.examples)
 
 
-@pytest.mark.parametrize("change", ["per-prompt", "random-reward", "no-reuse"])
+@pytest.mark.parametrize("change", ["per-prompt", "random-reward", "no-reuse", "no-solutions"])
 def test_each_ablation_changes_what_it_says(change, monkeypatch):
-    """Advantages as of each prompt's own group; rewards of the same sum in another order; no scores kept of slow rollouts."""
+    """Advantages as of each prompt's own group; rewards of the same sum in another order; no scores kept of slow rollouts; feedback that
+    shows no working."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import ablate
     monkeypatch.setattr(fst, "advantages", over_group := fst.advantages)
-    run, seen = SimpleNamespace(), []
+    run, seen = SimpleNamespace(tasks=[get_task("arithmetic")]), []
     run.contexts, run.config, run.steps_done = lambda task: ["one", "other"], SimpleNamespace(seed=0, loss="cispo"), lambda: 3
     run.population, run.reinforce = SimpleNamespace(record=lambda *_: seen.append(1)), lambda rollouts, rewards: seen.append(rewards)
     ablate.CHANGES[change](run)
@@ -3438,6 +3439,9 @@ def test_each_ablation_changes_what_it_says(change, monkeypatch):
         assert fst.advantages(rewards).equal(slow) and not slow.equal(over_group(rewards)) and seen[1] is rewards
     elif change == "random-reward":
         assert seen[1].sum() == rewards.sum() and seen[1].shape == rewards.shape and not seen[1].equal(rewards)
+    elif change == "no-solutions":
+        problem = run.tasks[0].problems("train")[0]
+        assert run.tasks[0].grade(problem, "#### no").feedback.endswith(f"{problem.answer}.\nA reference solution:\n#### {problem.answer}")
     else:
         assert len(seen) == 1 and seen[0] is rewards
 
@@ -4081,6 +4085,23 @@ def test_examples_are_solutions_that_were_told_or_verified():
     assert {c.operator for c in everyone if any(e.answer.startswith("#") for e in c.context.examples)} >= {"brief"}
     tight, everyone, _ = run(Model(), 0, prompt_tokens=60)
     assert all(count(c.context) <= 60 for c in everyone) and any(c.context.examples for c in everyone)
+
+
+def test_where_no_working_is_given_the_models_own_becomes_the_example():
+    """Data of questions and answers alone: the answer in its form is the reference solution; an answer that was right, with its working,
+    is preferred to it, as an example and by `example` for a brief one. Given working is preferred to the model's."""
+    search, by_id = searching("", prompt_tokens=2000), {p.id: p for p in problems(24)}
+    bare = lambda p: Example(p.question, f"#### {p.answer}", p.id)
+    own = lambda p: Example(p.question, f"I add.\n#### {p.answer}", p.id)
+    for given in (bare, lambda p: Example(p.question, p.solution, p.id)):
+        worked = [p for p in by_id.values() if p.id.endswith(("0", "1", "2"))]
+        search.solutions = {p.id: {"reference": given(p)} | ({"own": own(p)} if p in worked else {}) for p in by_id.values()}
+        for p in by_id.values():
+            assert search.solution(p.id) == (own(p) if given is bare and p in worked else given(p))
+            assert search.solution(p.id, own=True) == (own(p) if p in worked else given(p))
+        allowed = {e for p in by_id.values() for e in (search.solution(p.id), search.solution(p.id, own=True))}
+        for _ in range(50):
+            assert set(search.example(Context("", tuple(map(bare, list(by_id.values())[:6]))), {"train/7"}).examples) <= allowed
 
 
 def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():

@@ -6,9 +6,11 @@ fst.py with one thing changed that is no flag of it: an ablation. All flags are 
   random-reward   the slow channel's rewards change places with each other at random (the logged reward and share of flat groups are of the
                   true ones); the fast channel's are the task's
   no-reuse        the rollouts of a slow step are never scores of the prompts
+  no-solutions    of each problem only the answer is known: no feedback shows its working
 
     python bench/ablate.py per-prompt --task arithmetic --seed 1
 """
+import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -42,17 +44,22 @@ def no_reuse(run):
     run.population.record = lambda rollouts, step: None
 
 
-CHANGES = {"per-prompt": per_prompt, "random-reward": random_reward, "no-reuse": no_reuse}
+def no_solutions(run):
+    for task in run.tasks:
+        task.splits = {split: [dataclasses.replace(p, solution=f"#### {p.answer}") for p in problems] for split, problems in task.splits.items()}
+
+
+CHANGES = {"per-prompt": per_prompt, "random-reward": random_reward, "no-reuse": no_reuse, "no-solutions": no_solutions}
 
 
 class Changed(fst.Run):
     changed = False
 
-    def slow(self, task, step):
-        if not self.changed:                              # at the first slow step of this process: what was saved is read by then
+    def batch(self, task, step):
+        if not self.changed:                              # at the first phase of this process: what was saved is read by then
+            self.changed = True
             CHANGES[change](self)
-        self.changed = True
-        return super().slow(task, step)
+        return super().batch(task, step)
 
 
 if __name__ == "__main__":
