@@ -3417,6 +3417,7 @@ def test_a_few_shot_prompt_is_drawn_at_random(tmp_path, capsys, monkeypatch):
         assert len(tokenizer.chat(context.messages(""))) <= 900
     assert len(set(contexts)) == 3 and draw("--seed", "1") == contexts[1]
     brief = draw("--seed", "1", "--brief")
+    assert all(e.problem_id.startswith("arithmetic-2/") for e in draw("--level", "2").examples)
     assert len(brief.examples) > len(contexts[1].examples) and all(e.answer == solutions[e.problem_id].answer.splitlines()[-1] for e in brief.examples)
 
 

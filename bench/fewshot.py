@@ -21,13 +21,14 @@ from rollout import Example, get_task                                     # noqa
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task")
+    parser.add_argument("--level", type=int, default=1, help="of the task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drawn", type=int, default=16, help="solutions")
     parser.add_argument("--prompt-tokens", type=int, default=320, help="limit of the prompt")
     parser.add_argument("--brief", action="store_true", help="the answers alone, without their working")
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts")
     options = parser.parse_args()
-    task, (_, tokenizer) = get_task(options.task), load(options.model)
+    task, (_, tokenizer) = get_task(options.task, options.level), load(options.model)
     drawn = random.Random(f"few-shot {options.seed}").sample(task.problems("train"), options.drawn)
     examples = [Example(p.question, p.solution, p.id) for p in drawn]
     examples = [answer_alone(e) for e in examples] if options.brief else examples

@@ -77,9 +77,11 @@ def with_ours(run):
 def with_gepa(run):
     """gepa.optimize over the anchors of all cycles, with the budget of all cycles."""
     import gepa
-    c, adapter = run.config, Adapter(run)
+    c, adapter, seed_context = run.config, Adapter(run), run.tasks[0].seed_context
+    if seed_context.examples:
+        raise ValueError("the package evolves a system text: give a --seed-prompt without examples")
     anchors = [problem for step in range(c.steps) for problem in run.batch(0, step)]
-    result = gepa.optimize({COMPONENT: run.tasks[0].seed_prompt}, anchors, adapter=adapter, reflection_lm=adapter.reflect,
+    result = gepa.optimize({COMPONENT: seed_context.system}, anchors, adapter=adapter, reflection_lm=adapter.reflect,
                            max_metric_calls=int(c.passes * c.batch) * c.steps, seed=c.seed, logger=adapter)
     assert adapter.rollouts == result.total_metric_calls, "both must count the same rollouts"
     return Context(result.best_candidate[COMPONENT]), {
@@ -87,7 +89,7 @@ def with_gepa(run):
         "anchors_best": max(result.val_aggregate_scores), "gepa": version("gepa")}
 
 
-SYSTEMS = {"ours": with_ours, "gepa": with_gepa, "seed": lambda run: (Context(run.tasks[0].seed_prompt), {"rollouts": 0})}
+SYSTEMS = {"ours": with_ours, "gepa": with_gepa, "seed": lambda run: (run.tasks[0].seed_context, {"rollouts": 0})}
 
 
 def held_out(run, context, split, count):
