@@ -3447,6 +3447,24 @@ def test_each_ablation_changes_what_it_says(change, monkeypatch):
         assert len(seen) == 1 and seen[0] is rewards
 
 
+def test_supervised_fine_tuning_teaches_the_reference_solutions(tiny_run, monkeypatch):
+    """bench/ablate.py sft: the loss is the mean negative log-prob of the solutions' tokens, the stop token among them, each problem's once,
+    whatever the rewards; taught for long, the model says them."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import ablate
+    run = tiny_run("--method", "rl")
+    rollouts = sampled(run)
+    ablate.sft(run)
+    rows = {r.problem: (r.prompt, [*run.tokenizer.encode(r.problem.solution), run.tokenizer.turn_end]) for r in rollouts}
+    expected = torch.cat([score(run.model, [row])[0].detach() for row in rows.values()])
+    row = run.reinforce(rollouts, None)
+    assert row["trained_rows"] == len(rows) and row["loss"] == pytest.approx(-expected.mean().item(), rel=1e-4) and row["kl_sampler"] < 1e-6
+    run.learner.lr, run.config.clip = 1e-2, 1e9
+    for _ in range(60):
+        row = run.reinforce(rollouts, None)
+    assert row["loss"] < 0.1 * -expected.mean().item()
+
+
 def test_table_of_the_peers(tmp_path):
     """A measurement made again counts once; seeds are put together, by their problems; other limits and splits kept apart; a difference is taken problem
     by problem, where all have their answers."""

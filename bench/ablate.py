@@ -7,6 +7,8 @@ fst.py with one thing changed that is no flag of it: an ablation. All flags are 
                   true ones); the fast channel's are the task's
   no-reuse        the rollouts of a slow step are never scores of the prompts
   no-solutions    of each problem only the answer is known: no feedback shows its working
+  sft             supervised fine-tuning: a slow step raises the likelihood of its problems' reference solutions instead of the reward;
+                  rollouts are sampled for the log alone
 
     python bench/ablate.py per-prompt --task arithmetic --seed 1
 """
@@ -49,7 +51,19 @@ def no_solutions(run):
         task.splits = {split: [dataclasses.replace(p, solution=f"#### {p.answer}") for p in problems] for split, problems in task.splits.items()}
 
 
-CHANGES = {"per-prompt": per_prompt, "random-reward": random_reward, "no-reuse": no_reuse, "no-solutions": no_solutions}
+def sft(run):
+    def supervised(rollouts, rewards):
+        solution = lambda r: [*run.tokenizer.encode(r.problem.solution), run.tokenizer.turn_end]
+        taught = list({(r.problem, r.context): dataclasses.replace(r, tokens=solution(r)) for r in rollouts}.values())
+        now = fst.score_all(run.model, [(r.prompt, r.tokens) for r in taught], 1.0, run.micro_batch)
+        taught = [dataclasses.replace(r, logprobs=logprobs.tolist()) for r, logprobs in zip(taught, now)]
+        total = sum(len(r.tokens) for r in taught)
+        return run.descend(taught, lambda logprobs, _, i: -logprobs.sum() / total, {})
+
+    run.reinforce = supervised
+
+
+CHANGES = {"per-prompt": per_prompt, "random-reward": random_reward, "no-reuse": no_reuse, "no-solutions": no_solutions, "sft": sft}
 
 
 class Changed(fst.Run):
