@@ -60,7 +60,7 @@ MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning: at least so many
 SLOW, EVALUATE, EVOLVE, REFLECT = 1, 2, 3, 4      # in the seeds of the sampler: each purpose has random numbers of its own
 RESUME_FLAGS = {"micro_batch", "slots", "memory", "out"}  # may be others when a run is resumed: they change no more than rounding
-EVAL_FLAGS = {"device", "data", "slots", "micro_batch", "eval_problems", "eval_samples"}      # settings of a run that --eval may override
+EVAL_FLAGS = {"task", "level", "data", "seed_prompt", "device", "slots", "micro_batch", "eval_problems", "eval_samples"}    # what --eval may change
 MOST = 1_000_000          # of any setting that LIMITS does not name: a configuration may come from a stranger
 LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
 MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
@@ -112,7 +112,7 @@ class Config:
     # evaluation and files
     eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, after a task or a fast phase outside a cycle",
                               "ours: the cycle's length")
-    eval_problems: int = setting(None, "problems in an evaluation", "ours by device")
+    eval_problems: int = setting(None, "problems in an evaluation; of the test problems twice as many", "ours by device")
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
     save_every: int = setting(None, "slow steps between saved states", "ours: the cycle's length")
     out: str = setting("", "the run's folder; empty: runs/TASK-METHOD-SEED")
@@ -586,7 +586,7 @@ class Run:
         """Reverse KL from the prompted policy into the unprompted one, on the student's own rollouts: the teacher is the same
         weights under an evolved prompt, held still for this step."""
         c = self.config
-        prompted = [(self.tokenizer.chat(teacher.without(r.problem.id).messages(r.problem.question)), r.tokens)
+        prompted = [(self.tokenizer.chat(teacher.without(r.problem).messages(r.problem.question)), r.tokens)
                     for teacher, r in zip(teachers, rollouts)]
         reference = dict(enumerate(score_all(self.model, prompted, c.temperature, self.micro_batch)))
         total = sum(len(r.tokens) for r in rollouts)
@@ -797,7 +797,7 @@ class Run:
         if self.state_file.exists():
             self.restore()
             behind = f"going on after {self.done} of {len(self.phases)} phases"
-            say(f"this run is complete: {self.folder}" if self.finished else behind)
+            say(f"this run is complete: {self.folder} (--overwrite runs it anew)" if self.finished else behind)
         else:
             for name in self.JOURNALS:                    # of a run that was stopped before its first save
                 (self.folder / name).write_text("")
@@ -881,10 +881,12 @@ def length_and_digest(content):
 
 def table(row):
     cell = lambda key: f"{row[key + 'greedy']:6.1%} / {row[key + 'mean']:6.1%}"
+    interval = lambda key: "{:.1%} to {:.1%}".format(*row[f"{key}_interval"])
     return (f"{row['task']}, {row['n']} {row['split']} problems: accuracy greedy / sampled at temperature 1\n"
             f"                     seed prompt        evolved prompt\n"
             f"  base weights       {cell('base_seed_')}    {cell('base_')}\n"
-            f"  trained weights    {cell('seed_')}    {cell('')}")
+            f"  trained weights    {cell('seed_')}    {cell('')}\n"
+            f"  95% intervals of the last two: {interval('greedy')}, {interval('mean')}")
 
 
 def describe(row):
@@ -900,7 +902,7 @@ def describe(row):
                 f"best prompt {row['greedy']:.1%} greedy, {row['mean']:.1%} sampled; "
                 f"seed prompt {row['seed_greedy']:.1%}, {row['seed_mean']:.1%}; "
                 f"KL to base {row['kl_base']:.4f}  ({row['seconds']:.0f} s)")
-    best = f"best prompt right on {row['best']:.1%} of the anchors that may score it, " if "best" in row else ""
+    best = f"best prompt's mean reward {row['best']:.3f}, " if "best" in row else ""
     return (f"fast {row['cycle']:5d}  {row['candidates']} candidates, {row['accepted']} accepted, {row['rollouts_used']} rollouts; "
             f"{best}kept {row['kept']}  {row['seconds']:.0f} s")
 
@@ -985,6 +987,8 @@ def read_seed_prompt(value):
     if os.path.isfile(value):
         with reading(f"--seed-prompt {value}"):
             text = read_text(value).removeprefix("\ufeff").strip()
+            if value.endswith(".json") and not isinstance(json.loads(text or "{}"), dict):
+                raise ValueError("not a JSON object")
         if not text:
             raise ValueError(f"--seed-prompt {value} is an empty file")
     elif re.fullmatch(r"\S*/\S*|\S+\.(txt|md|json)", value):

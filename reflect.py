@@ -62,8 +62,7 @@ class Candidate:
 
     def scorers(self, problems):
         """The problems that may score this prompt: not those that are among its examples."""
-        own = {e.problem_id for e in self.context.examples}
-        return [p for p in problems if p.id not in own]
+        return [p for p in problems if self.context.without(p) == self.context]
 
     def to_json(self):
         return {"id": self.id, "parents": list(self.parents), "operator": self.operator,
@@ -435,7 +434,7 @@ class Search:
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
             (right, formed), (parent_right, parent_formed) = count([next(rollouts) for _ in minibatches[parent]]), before[parent]
-            child.reason = (f"{right:g} of {len(minibatches[parent])} right, {formed} in form, where its parent got {parent_right:g} "
+            child.reason = (f"{right:.3g} of {len(minibatches[parent])} right, {formed} in form, where its parent got {parent_right:.3g} "
                             f"and {parent_formed}")
             tidier = formed >= parent_formed + 2 and self.unsolved(parent.mean(self.step))
             if right > parent_right or (right == parent_right == 0 and (tidier or self.likelier(child.context, parent.context))):

@@ -50,7 +50,7 @@ class Grade:
 class Example:
     question: str
     answer: str
-    problem_id: str         # so that an example is never scored on its own problem
+    problem_id: str = ""    # where it is known, as of what the search draws
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ class Context:
             turns += [("user", example.question), ("assistant", example.answer)]
         return [{"role": role, "content": content} for role, content in [*turns, ("user", question)]]
 
-    def without(self, problem_id):
-        """This context less the examples made of that problem."""
-        return Context(self.system, tuple(e for e in self.examples if e.problem_id != problem_id))
+    def without(self, problem):
+        """This context less the examples made of that problem: of its question, as a person's examples have no ids, and those of a
+        file's lines move when it grows."""
+        return Context(self.system, tuple(e for e in self.examples if e.question != problem.question))
 
     def texts(self):
         return [self.system, *(text for example in self.examples for text in vars(example).values())]
@@ -86,7 +87,7 @@ def read_context(text):
         return Context(text)
     with reading('a seed prompt in JSON must be {"system": ..., "examples": [{"question": ..., "answer": ...}, ...]}'):
         row = row["candidates"][0] if "candidates" in row else row
-        context = Context(row["system"], tuple(Example(**{"problem_id": "", **e}) for e in row.get("examples", ())))
+        context = Context(row["system"], tuple(Example(**e) for e in row.get("examples", ())))
         if not all(isinstance(text, str) for text in context.texts()):
             raise ValueError("not a text")
     return context
@@ -123,6 +124,7 @@ def same_answer(reference, given, fold_case=True):
     if NUMBER.fullmatch(reference.strip(" $€£%").rstrip(".")):
         return parse_number(given) == parse_number(reference)
     reference, given = plain(reference), plain(given)
+    given = given.strip("()[]") if len(reference) == 1 else given         # the letter of a choice
     return reference == given or fold_case and reference.casefold() == given.casefold()
 
 
@@ -141,16 +143,16 @@ class Task:
         self.name += f":{Path(argument).stem}" * bool(argument)
         label = self.name + (f"-{level}" if self.levels > 1 else "")
         rows, questions = self.rows(argument, level, data), set()
-        self.splits = {split: [] for split in rows}
-        for split in ("test", "val", "train"):          # a question that is in several stays in the first of these
-            for i, row in enumerate(rows[split]):
-                question = " ".join(row[0].split())
-                if question not in questions:           # without steps the answer in its form is the reference solution
-                    self.splits[split].append(Problem(f"{label}/{split}/{i}", *row[:2], "".join(row[2:]) or f"#### {row[1]}"))
-                questions.add(question)
+        self.splits = {"test": [], "val": [], "train": []}      # a question that is in several stays in the first of these
+        for split, problems in self.splits.items():
+            for i, (question, answer, *solution) in enumerate(rows.get(split, [])):
+                words = " ".join(question.split())
+                if words not in questions:              # without steps the answer in its form is the reference solution
+                    problems.append(Problem(f"{label}/{split}/{i}", question, str(answer), "".join(solution) or f"#### {answer}"))
+                questions.add(words)
         if not all(self.splits.values()):
             sizes = ", ".join(f"{split} {len(problems)}" for split, problems in self.splits.items())
-            raise ValueError(f"task {label} needs problems in each of its three splits, and has {sizes}")
+            raise ValueError(f"task {label} needs problems in each of its three splits, and has {sizes} (a line can name its 'split')")
         if repeated := sum(map(len, rows.values())) - len(questions):
             print(f"task {label}: dropped {repeated} repeated questions", file=sys.stderr)
 
@@ -190,9 +192,13 @@ class Generated(Task):
 
     def rows(self, argument, level, data):
         rng, drawn = random.Random(f"{self.name}-{level}"), {}
-        while len(drawn) < 512 + 256 + 4096:
+        for _ in range(100_000):
             question, answer, steps = self.make(rng, level)
             drawn[question] = question, answer, "\n".join([*steps, f"#### {answer}"])
+            if len(drawn) == 512 + 256 + 4096:
+                break
+        else:
+            raise ValueError(f"task {self.name} makes {len(drawn)} different questions, and needs 4864")
         rows = rng.sample(list(drawn.values()), len(drawn))     # shuffled: wordings with few problems are drawn early
         return {"test": rows[:512], "val": rows[512:768], "train": rows[768:]}
 
@@ -306,7 +312,10 @@ class CodeIO(Generated):
 
 
 def parse_row(line):
-    row = json.loads(line.decode("utf-8-sig"), parse_int=Decimal, parse_float=Decimal)
+    try:
+        row = json.loads(line.decode("utf-8-sig"), parse_int=Decimal, parse_float=Decimal)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a JSON object on a line of its own: {error}") from error
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     texts = ["" if row.get(key) is None else row[key] for key in ("question", "answer", "solution", "split")]
@@ -319,7 +328,7 @@ def parse_row(line):
         solution, answer = solution or re.sub(r"<<.*?>>", "", answer), extract_answer(answer) or ""
     answer = " ".join(answer.split())
     if not plain(question) or not plain(answer):
-        raise ValueError("'question' or 'answer' is missing or empty")
+        raise ValueError(f"'question' or 'answer' is missing or empty, of {', '.join(row) or 'nothing'}")
     if split not in ("", "train", "val", "test"):
         raise ValueError(f"'split' must be train, val or test, not {split!r:.40}")
     if solution and not same_answer(answer, extract_answer(solution) or ""):
@@ -774,7 +783,7 @@ class Rollout:
 def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=None, greedy=None):
     """Puts each (context, problem) to the model, all in one batch, and grades the answers: a Rollout each, in order. A problem
     that stands among its context's worked examples is asked without that example: its answer is not to be copied."""
-    jobs = [(context.without(problem.id), problem) for context, problem in jobs]
+    jobs = [(context.without(problem), problem) for context, problem in jobs]
     prompts = {job: tuple(sampler.tokenizer.chat(job[0].messages(job[1].question))) for job in dict.fromkeys(jobs)}
     completions = sampler.generate([prompts[job] for job in jobs], max_new_tokens, temperature, seed, progress, greedy)
     rollouts = []

@@ -778,6 +778,7 @@ def test_extract_answer_takes_the_rest_of_the_last_line_marked():
     ("[7]", "7", False), ("[7]", "[7]", True), ("Apollo 11", "11", False), ("12 or 13", "12 or 13", True),
     ("True", "**True**", True), ("True", "False", False), ("A", "B", False), ("x = 5", "x=5", True),
     ("half past 3", "3", False), ("Straße", "STRASSE", True),
+    ("B", "(B)", True), ("B", "b).", True), ("b", "**[B]**", True), ("B", "(C)", False), ("B", "B) Bern", False), ("B", "(B) or (C)", False),
 ])
 def test_same_answer(reference, given, equal):
     assert same_answer(reference, given) is equal
@@ -1095,9 +1096,9 @@ def test_jsonl_broken_lines_are_named(tmp_path, line, error):
 
 
 def test_jsonl_needs_problems_in_every_split(tmp_path):
-    with pytest.raises(ValueError, match="three splits, and has train 0, val 1, test 0"):
+    with pytest.raises(ValueError, match="three splits, and has test 0, val 1, train 0"):
         get_task(f"jsonl:{write(tmp_path / 'few.jsonl', [{'question': 'a', 'answer': 1, 'split': 'val'}])}")
-    with pytest.raises(ValueError, match="three splits, and has train 0, val 0, test 0"):
+    with pytest.raises(ValueError, match="three splits, and has test 0, val 0, train 0"):
         get_task(f"jsonl:{write(tmp_path / 'none.jsonl', [])}")
     with pytest.raises(FileNotFoundError, match="missing.jsonl"):
         get_task(f"jsonl:{tmp_path / 'missing.jsonl'}")
@@ -2820,6 +2821,10 @@ def test_a_run_begins_with_anothers_prompt(tmp_path):
     assert "looks like a file" in one_sentence(run_fst(tmp_path, *flags, *seed, check=False))
     seed[1] = '{"examples": []}'
     assert "a seed prompt in JSON must be" in one_sentence(run_fst(tmp_path, *flags, *seed, check=False))
+    seed[1] = tmp_path / "broken.json"
+    for text in ('{"system": "Add.",}', '[{"role": "system", "content": "Add."}]', '"Add."'):      # as a text they would be run
+        seed[1].write_text(text)
+        assert "broken.json: " in one_sentence(run_fst(tmp_path, *flags, *seed, check=False))
 
 
 def test_a_run_goes_on_from_another_place(tmp_path):
@@ -2879,6 +2884,28 @@ def test_eval_takes_only_what_it_uses(tmp_path, capsys):
     for action in ("--eval", "--plot", "--show-prompts"):
         assert f"--steps does not go with {action}" in refused(capsys, action, tmp_path / "run", "--steps", 3)
     assert "--eval-problems, --overwrite does not go" in refused(capsys, "--plot", tmp_path / "run", "--overwrite", "--eval-problems", 3)
+
+
+def test_eval_under_another_prompt_and_on_another_task(tmp_path, capsys, monkeypatch):
+    """--seed-prompt takes the seed prompt's place: the base weights do as in a run that began with it; under the evolved prompt nothing
+    changes. The intervals are those of what is printed."""
+    X = "Another one: say something else, and say it with other words than before."
+    run_fst(tmp_path, "--out", tmp_path / "run")
+    run_fst(tmp_path, *SHORT, "--seed-prompt", X, "--out", tmp_path / "began")
+    monkeypatch.setattr(rollout, "extract_answer", parity)
+
+    def evaluate(run, *flags):                            # -> the text and [base, trained weights] x [seed, evolved prompt]
+        assert fst.main(["--eval", str(tmp_path / run), "--eval-problems", "12", *map(str, flags)]) == 0
+        text = capsys.readouterr().out
+        return text, [[line[21:37].strip(), line[40:].strip()] for line in text.splitlines() if "weights   " in line]
+
+    (text, told), (_, other), (_, began) = evaluate("run"), evaluate("run", "--seed-prompt", X), evaluate("began")
+    assert other[0][0] == began[0][0] != told[0][0] and [evolved for _, evolved in other] == [evolved for _, evolved in told]
+    n = int(re.search(r"(\d+) test problems", text)[1])
+    lows = [float(x) for x in re.findall(r"([\d.]+)% to", text)]
+    assert lows == [pytest.approx(100 * fst.wilson(float(x) / 100 * n, n)[0], abs=0.1) for x in re.findall(r"([\d.]+)%", told[1][1])]
+    elsewhere, cells = evaluate("run", "--task", f"jsonl:{write_parities(tmp_path / 'other.jsonl', shift=1)}")
+    assert elsewhere.startswith("jsonl:other, ") and cells != told
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys):
@@ -4121,6 +4148,43 @@ def test_where_no_working_is_given_the_models_own_becomes_the_example():
         allowed = {e for p in by_id.values() for e in (search.solution(p.id), search.solution(p.id, own=True))}
         for _ in range(50):
             assert set(search.example(Context("", tuple(map(bare, list(by_id.values())[:6]))), {"train/7"}).examples) <= allowed
+
+
+def test_an_example_without_an_id_never_scores_its_own_problem(tiny):
+    """As of a person's seed prompt, or of a file that has grown, whose ids have moved: the question tells."""
+    ours, tokenizer, _ = tiny
+    some = problems(6)
+    for ids in (["", "", ""], [p.id for p in some[3:]]):
+        context = Context("Be brief.", tuple(Example(p.question, p.solution, i) for p, i in zip(some, ids)))
+        assert reflect.Candidate(0, context).scorers(some) == some[3:]
+        for problem in some:
+            assert context.without(problem).examples == tuple(e for e in context.examples if e.question != problem.question)
+        asked = rollout.ask(Sampler(ours, tokenizer), Echo(), [(context, problem) for problem in some], 2)
+        for problem, r in zip(some, asked):
+            assert tokenizer.decode(list(r.prompt)).count(problem.question) == 1 and r.context == context.without(problem)
+
+
+def test_a_generated_task_with_too_few_problems_is_refused():
+    class Few(rollout.Generated):
+        name = "few"
+        make = staticmethod(lambda rng, level: (f"{rng.randint(1, 9)} + 1?", "2", []))
+
+    with pytest.raises(ValueError, match="task few makes 9 different questions, and needs 4864"):
+        Few()
+
+
+def test_a_tasks_own_rows():
+    """Numbers as answers, a solution or none; a split that is not there is named."""
+    class Own(rollout.Task):
+        name, given = "own", {"train": [("1 + 1?", 2), ("1 + 2?", 3, "1 + 2 = 3\n#### 3")], "val": [("1 + 3?", 4)], "test": [("1 + 4?", 5)]}
+        rows = lambda self, *_: self.given
+
+    task = Own()
+    assert [(p.answer, p.solution) for p in task.problems("train")] == [("2", "#### 2"), ("3", "1 + 2 = 3\n#### 3")]
+    assert task.grade(task.problems("train")[0], "#### 2").reward == 1
+    Own.given = {"train": [("1 + 1?", 2)], "test": [("1 + 4?", 5)]}
+    with pytest.raises(ValueError, match="test 1, val 0, train 1"):
+        Own()
 
 
 def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
