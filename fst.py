@@ -262,7 +262,7 @@ def advantages(rewards):
 
 
 def token_loss(kind, logprobs, behaviour_logprobs, advantages, cap=4.0):
-    """Loss of each token, all arguments of one shape; behaviour_logprobs are the sampler's, of the same tokens."""
+    """Loss of each token of a rollout, all arguments of one shape, [tokens]; behaviour_logprobs are the sampler's."""
     if kind not in LOSSES:
         raise ValueError(f"unknown loss {kind!r}: known are {', '.join(LOSSES)}")
     ratio, (low, high) = (logprobs - behaviour_logprobs).exp(), LOSSES[kind]                  # rho = pi_theta / mu

@@ -3243,6 +3243,21 @@ def test_a_strangers_prompts(stranger, capsys):
             look_at(stranger, capsys, "--eval")
 
 
+def test_the_readmes_way_to_use_a_checkpoint_elsewhere(tmp_path, capsys):
+    """Its code, run on a checkpoint whose best prompt has examples: transformers' greedy answer is our sampler's."""
+    examples = [{"question": "What is 1 and 2?", "answer": "#### 1"}, {"question": "What is 2 and 3?", "answer": "#### 0"}]
+    (tmp_path / "seed.json").write_text(json.dumps({"system": "Say odd or even.", "examples": examples}))
+    run_fst(tmp_path, *SHORT, "--seed-prompt", tmp_path / "seed.json", "--prompt-tokens", 400, "--out", tmp_path / "run")
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    capsys.readouterr()
+    exec(code.replace("runs/arithmetic-fst-0", str(tmp_path / "run")), {})
+    model, tokenizer = load(tmp_path / "run" / "checkpoint")
+    question = re.search(r'"content": "(Mia .*?)"', code)[1]
+    context = Context("Say odd or even.", tuple(Example(**e) for e in examples))
+    reply, = Sampler(model, tokenizer).generate([tokenizer.chat(context.messages(question))], 32, 0.0)
+    assert capsys.readouterr().out == tokenizer.decode(reply.answer) + "\n" and len(reply.tokens) > 2
+
+
 def test_a_strangers_links_are_not_followed(stranger, capsys, tmp_path):
     """The curves are drawn into the folder, wherever links there lead."""
     victim = tmp_path / "victim"
