@@ -14,8 +14,8 @@ takes the K prompts of the last cycle and the problems of the next one, the anch
 
 The operators: `rewrite`, the model reads the prompt and rollouts with feedback and writes a better prompt; `lesson`, a general
 sentence of the grader's feedback; `example`, other worked examples, from solutions that the feedback gave away or that the model
-found; `brief`, examples without their working; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn
-by their success so far.
+found (of data without solutions, from what the model wrote where that led to the right answer); `brief`, examples without their
+working; `merge`, two prompts' lessons and examples. Which of them gets to propose is drawn by their success so far.
 
 After GEPA (arXiv 2507.19457). What differs, as a small model rewrites badly and rewards are 0 or 1: the other operators, many
 children a round, estimates instead of raw scores, and, where no rollout is right, the likelihood of known solutions and the form
@@ -28,7 +28,7 @@ import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
-from rollout import Context, Example, extract_answer
+from rollout import NUMBER, Context, Example, extract_answer, same_answer
 
 OPERATORS = ("rewrite", "lesson", "example", "brief", "merge")           # `propose` leaves out the first or the last
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
@@ -249,6 +249,23 @@ def answer_alone(example):
     return example if answer is None else replace(example, answer=f"#### {answer}")
 
 
+def own_working(rollout):
+    """What the model wrote on its way to the right answer, up to the first sentence that ends in it, and below it the answer in the form
+    asked for, which it may have lacked; None where there is nothing of the kind. For problems whose working nobody gave: after STaR
+    (arXiv 2203.14465), which trains on such texts. That the steps are right is not sure."""
+    answer, text = rollout.problem.answer, printable(rollout.text)
+    if MARKUP.search(text) or extract_answer(text) and rollout.reward < 1:
+        return None
+    if rollout.reward == 1:
+        return text.strip() if rollout.stopped and text.strip() != f"#### {answer}" else None
+    for sentence in re.finditer(r"\S.*?(?:[.!?](?=\s|$)|\n|$)", text, re.S):
+        words, whole = sentence.group().split(), rollout.stopped or sentence.end() < len(text)
+        ends = [*NUMBER.findall(sentence.group())[-1:], " ".join(words[-len(answer.split()):])]
+        if whole and len(words) > 3 and any(same_answer(answer, end) for end in ends):
+            return f"{text[:sentence.end()].strip()}\n#### {answer}"
+    return None
+
+
 def content(context):
     """What makes a prompt the same as another: its texts, in whatever order its examples stand."""
     return context.system, frozenset(context.examples)
@@ -325,6 +342,7 @@ class Search:
         self.partner = {}                                               # merged context -> id of its second parent
         self.sentences = []                                             # of the feedback, general enough to be lessons
         self.feedback = defaultdict(list)                               # by problem id, as are `solutions`
+        self.bare = {p.id for p in self.anchors if p.solution == f"#### {p.answer}"}                   # nobody gave their working
         # Of problems that come again what is known stays known: with their scores kept, too, they may not be asked again.
         self.solutions = defaultdict(dict, {p.id: population.solutions[p.id] for p in self.anchors if p.id in population.solutions})
         answers = Counter(p.answer for p in self.anchors)               # a word that answers several problems gives none of them away
@@ -355,11 +373,13 @@ class Search:
         if rollout.reward < 1:
             told = rollout.feedback
             if problem.solution and problem.solution in told:
-                self.solutions[problem.id]["reference"] = Example(problem.question, problem.solution, problem.id)
+                self.solutions[problem.id].setdefault("reference", Example(problem.question, problem.solution, problem.id))
                 told = told.replace(problem.solution, "")
             self.feedback[problem.id].append(told)
         elif rollout.stopped and not MARKUP.search(text := printable(rollout.text)):
             self.solutions[problem.id]["own"] = Example(problem.question, text.strip(), problem.id)
+        if problem.id in self.bare and (text := own_working(rollout)):
+            self.solutions[problem.id]["reference"] = Example(problem.question, text, problem.id)
 
     def unasked(self, candidate, problems):
         return [p for p in candidate.scorers(problems) if p.id not in candidate.scores[self.step]]
@@ -374,8 +394,9 @@ class Search:
         self.measure(self.candidates, self.anchors[:max(1, share)])
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)
         shown = {e.problem_id for c in self.candidates for e in c.context.examples}
-        known = [p for p in self.anchors if p.id in self.solutions and p.id not in shown]
-        known = known[:min(PROBES, len(self.anchors) // 4)] if self.likelihood else []
+        worked = self.worked()
+        known = [p for p in self.anchors if p.id in worked and p.id not in shown]
+        known = known[:min(PROBES, len(self.anchors) // 4, len(known) // 3)] if self.likelihood else []
         self.probes = [(p, self.solution(p.id).answer) for p in known]
         self.score_probes([c.context for c in self.candidates])
 
@@ -558,12 +579,14 @@ class Search:
         return len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
     def solution(self, problem_id, own=False):
-        """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`, or where the reference
-        has no working, which the model's may have) the model's."""
+        """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`) the model's."""
         known = self.solutions[problem_id]
-        reference = known.get("reference")
-        own = own or reference and reference == answer_alone(reference)
         return known.get("own" if own else "reference") or next(iter(known.values()))        # else whichever there is
+
+    def worked(self):
+        """The problems of known solution, less those of which only the answer is known; all, where that is so of all."""
+        alone = lambda i: i in self.bare and self.solution(i) == answer_alone(self.solution(i))
+        return [i for i in self.solutions if not alone(i)] or list(self.solutions)
 
     def lesson(self, context, minibatch_ids):
         """One lesson more, or, once in a while, one less."""
@@ -579,19 +602,19 @@ class Search:
         """Other worked examples, with their working where it is known, as many as fit: for a small model their number counts more
         than which they are (bench/examples.py)."""
         worked = lambda e: self.solution(e.problem_id) if e == answer_alone(e) and e.problem_id in self.solutions else e
-        return self.fit(context.system, list(map(worked, self.draw_examples(context, minibatch_ids))))
+        return self.fit(context.system, list(map(worked, self.draw_examples(context, minibatch_ids, self.worked()))))
 
     def brief(self, context, minibatch_ids):
         """Like `example`, without their working. Whether this helps is for the task and the model to say (bench/examples.py)."""
-        return self.fit(context.system, list(map(answer_alone, self.draw_examples(context, minibatch_ids))))
+        return self.fit(context.system, list(map(answer_alone, self.draw_examples(context, minibatch_ids, self.solutions))))
 
-    def draw_examples(self, context, minibatch_ids):
+    def draw_examples(self, context, minibatch_ids, problem_ids):
         """Some of the old examples, or none, joined by new ones: none of a problem that is about to score the prompt, or whose
         likelihood does."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2, 0]))
         excluded = minibatch_ids | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
-        pool = [problem_id for problem_id in self.solutions if problem_id not in excluded]
+        pool = [problem_id for problem_id in problem_ids if problem_id not in excluded]
         counts = [2, 8, len(pool), len(pool)] + [0] * (len(stay) < len(old))      # often all, of which `fit` takes what has room
         added = self.rng.sample(pool, min(len(pool), self.rng.choice(counts)))
         return stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added]

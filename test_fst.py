@@ -4148,21 +4148,48 @@ def test_examples_are_solutions_that_were_told_or_verified():
     assert all(count(c.context) <= 60 for c in everyone) and any(c.context.examples for c in everyone)
 
 
+@pytest.mark.parametrize("answer, text, stopped, kept", [
+    ("8", "Mia has 5 + 3 = 8 books.", True, "Mia has 5 + 3 = 8 books.\n#### 8"),
+    ("8", "First, Mia has 5.\nThen she has 5 + 3 = 8 books. And 9 more", False, "First, Mia has 5.\nThen she has 5 + 3 = 8 books.\n#### 8"),
+    ("8", "Mia has 5 + 3 = 8 boo", False, None),          # the sentence may go on to another number
+    ("8", "Mia has 8 - 3 = 5 books.", True, None), ("8", "Mia has 8.5 books in all.", True, None), ("8", "She adds.\n8", True, None),
+    ("8", "5 + 3 = 8\n#### 8", True, "5 + 3 = 8\n#### 8"), ("8", "#### 8", True, None), ("8", "Mia has 5 + 3 = 8 books.\n#### 7", True, None),
+    ("8", "Mia has 5 + 3 = 8 books.\n#### ", True, "Mia has 5 + 3 = 8 books.\n#### 8"),
+    ("8", "Mia <|im_end|> has 5 + 3 = 8 books.", True, None),
+    ("New York", "The largest city is New York. It is old.", True, "The largest city is New York.\n#### New York"),
+    ("New York", "The largest city is York.", True, None)])
+def test_a_models_own_working_is_what_led_to_the_right_answer(answer, text, stopped, kept):
+    problem = Problem("train/0", "How much?", answer, f"#### {answer}")
+    grade = get_task("arithmetic").grade(problem, text, stopped)
+    r = Rollout(problem, Context(""), (1,), [1], [0.0], text, stopped, grade.reward, grade.feedback)
+    text = reflect.own_working(r)
+    assert text == kept
+    assert kept is None or get_task("arithmetic").grade(problem, text).reward == 1
+
+
 def test_where_no_working_is_given_the_models_own_becomes_the_example():
-    """Data of questions and answers alone: the answer in its form is the reference solution; an answer that was right, with its working,
-    is preferred to it, as an example and by `example` for a brief one. Given working is preferred to the model's."""
-    search, by_id = searching("", prompt_tokens=2000), {p.id: p for p in problems(24)}
-    bare = lambda p: Example(p.question, f"#### {p.answer}", p.id)
-    own = lambda p: Example(p.question, f"I add.\n#### {p.answer}", p.id)
-    for given in (bare, lambda p: Example(p.question, p.solution, p.id)):
-        worked = [p for p in by_id.values() if p.id.endswith(("0", "1", "2"))]
-        search.solutions = {p.id: {"reference": given(p)} | ({"own": own(p)} if p in worked else {}) for p in by_id.values()}
-        for p in by_id.values():
-            assert search.solution(p.id) == (own(p) if given is bare and p in worked else given(p))
-            assert search.solution(p.id, own=True) == (own(p) if p in worked else given(p))
-        allowed = {e for p in by_id.values() for e in (search.solution(p.id), search.solution(p.id, own=True))}
-        for _ in range(50):
-            assert set(search.example(Context("", tuple(map(bare, list(by_id.values())[:6]))), {"train/7"}).examples) <= allowed
+    """Data of questions and answers alone: the answer in its form is the reference solution, until a rollout shows a working that leads to
+    it. `example` and the probes keep to problems with a working, at most a third of which are probes; `brief` takes all."""
+    plain = [dataclasses.replace(p, solution=f"#### {p.answer}") for p in problems(48)]
+    told = lambda p, text: Rollout(p, Context("Be brief."), (1,), [1], [0.0], text, True, float(extract_answer(text) == p.answer),
+                                   f"{FORMAT}\nA reference solution:\n{p.solution}")
+    search = reflect.Search(Population([Context("Be brief.")]), plain, None, None, lambda jobs: [0.0] * len(jobs), count, 240, 0, 0, 2000)
+    search.spend = lambda jobs: [search.record(c, told(p, "I do not know.")) for c, p in jobs]
+    search.measure_carried()                              # no working so far: the probes' answers stand alone
+    assert len(search.probes) == 12 and all(text == p.solution for p, text in search.probes)
+    assert {e.problem_id for e in search.example(Context(""), set()).examples} <= {p.id for p in plain} - {p.id for p, _ in search.probes}
+
+    writes = lambda p: f"The sum is {p.answer}." if p in plain[:5] else f"I count.\n#### {p.answer}" if p in plain[5:10] else "I do not know."
+    search = reflect.Search(Population([Context("Be brief.")]), plain, None, None, lambda jobs: [0.0] * len(jobs), count, 240, 0, 0, 2000)
+    search.spend = lambda jobs: [search.record(c, told(p, writes(p))) for c, p in jobs]
+    search.measure_carried()
+    working = {p.id: f"The sum is {p.answer}.\n#### {p.answer}" if p in plain[:5] else f"I count.\n#### {p.answer}" for p in plain[:10]}
+    assert set(search.worked()) == set(working) and len(search.probes) == 3 and all(text == working[p.id] for p, text in search.probes)
+    drawn = [search.example(Context(""), set()).examples for _ in range(60)]
+    assert {e.problem_id for examples in drawn for e in examples} == set(working) - {p.id for p, _ in search.probes}
+    assert all(e.answer == working[e.problem_id] for examples in drawn for e in examples)
+    drawn = {e for _ in range(60) for e in search.brief(Context(""), set()).examples}
+    assert len(drawn) == 45 and all(e.answer == f"#### {p.answer}" for p in plain for e in drawn if e.problem_id == p.id)
 
 
 def test_an_example_without_an_id_never_scores_its_own_problem(tiny):
