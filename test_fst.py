@@ -2340,7 +2340,7 @@ def test_distill_moves_towards_the_teacher(tiny_run):
     with torch.no_grad():
         wanted = score(run.model, prompted)[0]
         before = gap()
-    own = Context(teacher.system, (Example("q", "a", rollouts[0].problem.id),))              # its example of that very problem is left out
+    own = Context(teacher.system, (Example(rollouts[0].problem.question, "a", rollouts[0].problem.id),))              # its example of that very problem is left out
     row = run.distill(rollouts, [own if r.problem == rollouts[0].problem else teacher for r in rollouts])
     assert row["loss"] == pytest.approx(before, rel=1e-4)
     with torch.no_grad():
@@ -3889,7 +3889,7 @@ def test_scores_of_older_weights_are_not_used():
 def test_scores_on_other_problems_are_not_used():
     """At the same weights, as in every later cycle of gepa: the prompt that solved the last cycle's problems starts anew on this one's."""
     population, _, _ = run(Model(base=0.9), 0, n=24)
-    anchors = [dataclasses.replace(p, id=f"other/{p.id}") for p in problems(24)]
+    anchors = [dataclasses.replace(p, id=f"other/{p.id}", question=f"Other: {p.question}") for p in problems(24)]
     _, everyone, _ = run(Model(base=0.1, example=0, quality=0), 1, population=population, anchors=anchors, n=24)
     assert all(id.startswith("other/") for c in everyone for id in c.scores[0]) and max(c.mean(0) for c in everyone if c.scores[0]) < 0.8
 
@@ -3907,12 +3907,12 @@ def test_a_lucky_failure_throws_nobody_out():
 
 
 def test_slow_rollouts_at_the_same_weights_count():
-    population = Population([Context("You are a helpful assistant.", (Example("q", "a", "train/0"),))])
+    population = Population([Context("You are a helpful assistant.", (Example(problems(1)[0].question, "a", "train/0"),))])
     anchors, model = problems(12), Model(base=0.5)
     winner = population.candidates[0]
     context = winner.context
     slow = model.ask([(context, p) for p in anchors[1:5]], 99) + Model(base=1.0).ask([(Context("Another."), anchors[6])], 99)
-    slow.append(Rollout(anchors[0], context.without("train/0"), (1,), [1], [0.0], "", True, 1.0, ""))       # asked without its example
+    slow.append(Rollout(anchors[0], context.without(anchors[0]), (1,), [1], [0.0], "", True, 1.0, ""))       # asked without its example
     population.record(slow, 0)
     assert winner.scores == {}                                             # not scored at these weights yet, so the next phase asks anew
     winner.scores = {0: {anchors[1].id: 0.5}}
@@ -3935,7 +3935,7 @@ def test_a_minibatch_is_of_failures_then_of_unasked_ones():
 
 def test_the_form_of_answers_to_other_problems_does_not_count():
     population, _, _ = run(Model(base=0.9), 0, n=24)
-    anchors = [dataclasses.replace(p, id=f"other/{p.id}") for p in problems(24)]
+    anchors = [dataclasses.replace(p, id=f"other/{p.id}", question=f"Other: {p.question}") for p in problems(24)]
     _, everyone, _ = run(Model(base=0.1), 1, population=population, anchors=anchors, n=24)
     assert all(c.formed[0].keys() == c.scores[0].keys() for c in everyone)
 
@@ -4000,7 +4000,7 @@ def test_what_is_known_of_problems_that_come_again_stays_known():
         again = Population.from_json(json.loads(json.dumps(population.to_json())))
         assert again.solutions == population.solutions
         search = lambda anchors: reflect.Search(again, anchors, None, None, None, count, 0, 0, 0, 200)
-        others = [dataclasses.replace(p, id=f"other/{p.id}") for p in problems(48)]
+        others = [dataclasses.replace(p, id=f"other/{p.id}", question=f"Other: {p.question}") for p in problems(48)]
         assert search(problems(48)).solutions == population.solutions and not search(others).solutions
         first.append(model.accuracy(population.candidates[0].context))
         run(model, f"{seed} again", keep=2, population=population)
