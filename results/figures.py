@@ -4,7 +4,7 @@ Draws every figure of this folder anew from its rows, and writes its tables; num
     python results/figures.py                             (or another folder of the same layout)
 
 A group is one comparison, results/GROUP/METHOD-SEED/metrics.jsonl, or a single run, results/GROUP/metrics.jsonl. It gets curves.png and
-table.md; groups that differ in one thing come side by side in side_by_side.md. bench_growth.jsonl gets growth.png, bench_gepa.jsonl bench_gepa.md,
+table.md; groups that differ in one thing come side by side in side_by_side.md, README's lines in overview.png. bench_growth.jsonl gets growth.png, bench_gepa.jsonl bench_gepa.md,
 bench_operators.jsonl bench_operators.md. Accuracies are shares of problems, 0 to 1; entropy and KL are in nats a token; seconds are
 those of the two kinds of phase, without the evaluations'.
 """
@@ -24,6 +24,32 @@ from tables import METHODS, evals, in_step, peers, proposals, read, runs_of, sid
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves
+
+OVERVIEW = {    # what the data give -> lines of README's figure: (group, method, label); dashed where the prompt is a few-shot one
+    "arithmetic, reference solutions given": [
+        ("arithmetic", "fst", "fst"), ("arithmetic", "rl", "rl"), ("arithmetic-fewshot", "fst", "fst, six random solutions in its seed prompt"),
+        ("arithmetic-fewshot", "rl", "rl, six random solutions in its prompt")],
+    "arithmetic, only answers given": [
+        ("arithmetic-no-solutions", "fst", "fst"), ("arithmetic-fewshot-no-solutions", "rl", "rl, eight random answers in its prompt")]}
+
+
+def overview(results):
+    """results/overview.png: sampled accuracy against rollouts, mean of the seeds, and between the lowest and the highest of them."""
+    figure, axes = pyplot.subplots(1, len(OVERVIEW), figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axis, (title, lines) in zip(axes, OVERVIEW.items()):
+        for group, method, label in lines:
+            if seeds := runs_of(results / group).get(method):
+                whole = np.array([[(row["rollouts"], row["mean"]) for row in rows] for rows in in_step([*map(evals, seeds.values())])])
+                (x, y), accuracies = whole.mean(0).T, whole[:, :, 1]                                   # [seeds, points]
+                style = dict(color=f"C{METHODS.index(method)}", linestyle="--" if "fewshot" in group else "-")
+                axis.plot(x, y, marker="o", markersize=4, label=label, **style)
+                axis.fill_between(x, accuracies.min(0), accuracies.max(0), color=style["color"], alpha=0.12)
+        axis.set(title=title, xlabel="rollouts of both channels", ylim=(0, 1))
+        axis.legend(fontsize=8, loc="upper left")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy on validation problems, sampled")
+    figure.savefig(results / "overview.png", dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def curves(group, runs):
@@ -82,6 +108,9 @@ def main():
             table(group, runs)
             print(f"{group.name}: " + ", ".join(f"{method} {len(seeds)}" for method, seeds in runs.items()))
     side_by_side(results)
+    if all((results / group).is_dir() for lines in OVERVIEW.values() for group, _, _ in lines):
+        overview(results)
+        print("overview")
     if (results / "bench_growth.jsonl").exists():
         growth(results / "bench_growth.jsonl")
         print("growth")
