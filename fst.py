@@ -60,7 +60,8 @@ MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning: at least so many
 SLOW, EVALUATE, EVOLVE, REFLECT = 1, 2, 3, 4      # in the seeds of the sampler: each purpose has random numbers of its own
 RESUME_FLAGS = {"micro_batch", "slots", "memory", "out"}  # may be others when a run is resumed: they change no more than rounding
-EVAL_FLAGS = {"task", "level", "data", "seed_prompt", "device", "slots", "micro_batch", "eval_problems", "eval_samples"}    # what --eval may change
+EVAL_FLAGS = {"task", "level", "data", "seed_prompt", "max_new_tokens", "device", "slots", "micro_batch", "eval_problems",
+              "eval_samples"}                             # settings of a run that --eval may override
 MOST = 1_000_000          # of any setting that LIMITS does not name: a configuration may come from a stranger
 LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
 MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
@@ -110,7 +111,7 @@ class Config:
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "self: the current weights; base: the frozen starting weights", "paper: a frozen model")
     # evaluation and files
-    eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, after a task or a fast phase outside a cycle",
+    eval_every: int = setting(None, "slow steps between evaluations, beside those at the start, after a task and, where all fast phases come in a row, after each; 0: only those",
                               "ours: the cycle's length")
     eval_problems: int = setting(None, "problems in an evaluation; of the test problems twice as many", "ours by device")
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
@@ -152,7 +153,7 @@ def resolve(config):
         torch.cuda.set_device(torch.device(c.device).index or 0)      # a graph is recorded on the current device
         free, total = torch.cuda.mem_get_info(c.device)
         ours = torch.cuda.memory_reserved(c.device)                   # where this process has run something before
-        torch.cuda.set_per_process_memory_fraction(0.95 * (free + ours) / total)      # of the rest cuBLAS and graphs take theirs
+        torch.cuda.set_per_process_memory_fraction(0.95 * (free + ours) / total)      # the rest is for cuBLAS and the graphs
         defaults["memory"] = 0.9e-9 * (free + ours - torch.cuda.memory_allocated(c.device))
     if set(names) == {"arithmetic"}:                      # learnt in few steps, with short answers
         defaults["steps"] = 9 if cpu else 48
@@ -191,23 +192,23 @@ def resolve(config):
     return c
 
 
-def plan(c, m, weights, question=0):
-    """The memory of a run of so many weights, m the model's configuration, question: the longest one's tokens -> bytes by purpose,
-    tokens of a micro-batch, slots.
+def plan(c, m, weights, question=0, prompt=0):
+    """The memory of a run, m being the configuration of its model, which has so many weights; question, prompt: tokens of the longest
+    question and, in plain RL, seed prompt. Returns bytes by purpose, tokens of a micro-batch, slots.
     A given micro-batch and the slots are taken as they are; with auto, both are the most that keep to c.memory."""
     w, V, H, layers = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size, m.num_layers     # w: bytes of a weight
     question = max(question, QUESTION)
     q, kv, answer = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, question + c.max_new_tokens
-    context = 0 if c.method == "rl" else c.prompt_tokens
+    K, context = (1, prompt) if c.method == "rl" else (c.prompts, c.prompt_tokens)
     trains = c.method != "gepa"                           # else the model is its own base, and only scores
     s = 4 if m.qkv_bias else w                            # bytes of a query's, a key's and a score's number
     cached = (s + w) * layers * kv                        # keys and values of a token
-    scores = 4 * s * m.num_heads * min(m.context, context + answer)      # of a token over all that it sees, in one layer at a time
+    scores = 4 * s * m.num_heads * min(m.context_length, context + answer)     # of a token over all that it sees, a layer at a time
     always = w * weights + trains * (w + 12) * weights    # the model and its base; fp32 masters and two moments
     # sampling: oneDNN's copy of bf16 weights on a CPU; the contexts' keys and values; and for each row its keys and values, its
     # logits with two copies in fp32, and its question's scores in the prefill
     packed = w * weights if c.device == "cpu" and w == 2 else 0
-    contexts = cached * c.prompts * context
+    contexts = cached * K * context
     row = cached * answer + (w + 8) * V + scores * question
     # training: gradients, those of the head and the embedding, and 128 rows of logits in fp32; and for each token what autograd
     # keeps, in each layer 4 vectors of the hidden size, 3 of the queries' and the keys' and 2 of the MLP's; its logits and scores,
@@ -295,7 +296,7 @@ class Learner:
     refreshes in place: at a learning rate of 1e-6 an update is smaller than bf16 can add to most weights."""
 
     def __init__(self, model, lr, warmup):
-        self.model, self.lr, self.warmup, self.updates = model, lr, warmup, 0
+        self.model, self.lr, self.warmup, self.decay, self.updates = model, lr, warmup, 1.0, 0
         self.weights = dict(model.named_parameters())
         self.masters = {name: p.detach().float().clone() for name, p in self.weights.items()}
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -320,7 +321,7 @@ class Learner:
                 state.clear()
 
     def rate(self):
-        return self.lr * min(1.0, (self.updates + 1) / max(self.warmup, 1))
+        return self.lr * self.decay * min(1.0, (self.updates + 1) / max(self.warmup, 1))
 
     @torch.no_grad()
     def update(self):
@@ -368,9 +369,10 @@ def micro_batches(rows, limit):
             costs.append((first, len(prompt) - prefix + len(rows[first][1])))
             costs += [(i, len(rows[i][1])) for i in others]
         total = sum(cost for _, cost in costs)
-        pieces, done = 1, 0                               # into the last batch, or into so many new ones
+        pieces, done = 1, 0                               # the batches that these rows are shared out to: the last, or so many new ones
         if prefix + total > room:
-            pieces, room = math.ceil(total / max(limit - prefix, 1)), limit
+            # under a context nearly as long as the limit, or longer, the rows of a batch still get a quarter of it
+            pieces, room = math.ceil(total / max(limit - prefix, limit // 4, 1)), limit
             batches += [[] for _ in range(pieces)]
         last = batches[-pieces:]
         for i, cost in costs:
@@ -450,13 +452,14 @@ def tasks_of(c, trained=False):
 
 
 def room_for_prompts(c, tasks, tokenizer, context):
-    """The tokens of the longest question, and those that a prompt may take: --prompt-tokens, or as many as the model's context leaves
-    beside every question and its answer. A ValueError where that is not enough, or nothing would end an answer."""
+    """The tokens of the longest question and of the longest prompt: in plain RL the seed prompt's, else --prompt-tokens, or as many as the
+    model's context leaves beside every question and its answer. A ValueError where that is not enough, or nothing would end an
+    answer."""
     if tokenizer.turn_end is None:
         raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
     problems = [problem for task in tasks for split in task.splits.values() for problem in split]
     question = max(len(tokenizer.encode(problem.question)) for problem in problems)
-    longest = max(len(tokenizer.chat(task.seed_context.messages(""))) for task in tasks)
+    longest = max(len(task.seed_context.prompt(tokenizer)) for task in tasks)
     if longest + question + c.max_new_tokens > context:
         raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
                          f"(--max-new-tokens) do not fit the model's context of {context}")
@@ -467,7 +470,7 @@ def room_for_prompts(c, tasks, tokenizer, context):
     if c.method != "rl" and c.reflection_tokens >= context:
         raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} "
                          "to reflect on")
-    return question, min(c.prompt_tokens, context - c.max_new_tokens - question)
+    return question, longest if c.method == "rl" else min(c.prompt_tokens, context - c.max_new_tokens - question)
 
 
 class Run:
@@ -482,9 +485,9 @@ class Run:
         self.tasks = tasks_of(c, trained)
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
-        question = 0
+        question = self.prompt_tokens = 0
         if not trained:
-            question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context)
+            question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context_length)
         weights = {} if trained else dict(self.model.named_parameters())
         self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks])),
                        f"the model {c.model}": digest("", sorted(weights.items()))}      # what a resumed run must find unchanged
@@ -493,7 +496,8 @@ class Run:
         if trained:
             self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
         self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
-        _, self.micro_batch, slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()), question)
+        _, self.micro_batch, slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()), question,
+                                          self.prompt_tokens)
         self.sampler = Sampler(self.model, self.tokenizer, slots)
         self.done = 0                                     # phases behind us
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
@@ -503,7 +507,7 @@ class Run:
         self.stop = False
 
     def count_tokens(self, context):
-        return len(self.tokenizer.chat(context.messages("")))         # around an empty question
+        return len(context.prompt(self.tokenizer))         # around an empty question
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -524,7 +528,7 @@ class Run:
         """One batch, one update: rollouts under every prompt, advantages over the group, the loss, AdamW."""
         c, start = self.config, time.perf_counter()
         contexts, problems = self.contexts(task), self.batch(task, step)
-        self.learner.lr = c.lr * (1 - step / c.steps)     # linear decay: at a constant rate the entropy collapses, then accuracy
+        self.learner.decay = 1 - step / c.steps           # at a constant rate the entropy collapses, then accuracy
         shared = [context for context in contexts for _ in range(c.group // len(contexts))]      # [group]: G / K samples under each
         student = self.tasks[task].seed_context           # all that distill's student is given
         jobs = [(student if c.method == "distill" else context, problem) for problem in problems for context in shared]
@@ -586,7 +590,7 @@ class Run:
         """Reverse KL from the prompted policy into the unprompted one, on the student's own rollouts: the teacher is the same
         weights under an evolved prompt, held still for this step."""
         c = self.config
-        prompted = [(self.tokenizer.chat(teacher.without(r.problem).messages(r.problem.question)), r.tokens)
+        prompted = [(teacher.without(r.problem).prompt(self.tokenizer, r.problem.question), r.tokens)
                     for teacher, r in zip(teachers, rollouts)]
         reference = dict(enumerate(score_all(self.model, prompted, c.temperature, self.micro_batch)))
         total = sum(len(r.tokens) for r in rollouts)
@@ -654,7 +658,8 @@ class Run:
         """Evolves the population on the problems of the cycle's T batches, the weights held still."""
         c, start = self.config, time.perf_counter()
         anchors = [problem for step in steps_of(c, cycle) for problem in self.batch(task, step)]
-        reflector = self.sampler if c.reflector == "self" else Sampler(self.base, self.tokenizer, self.sampler.slots)
+        # A sampler of its own: its chats are the longest prompts of all, and when they run out of memory the answers keep their slots.
+        reflector = Sampler(self.model if c.reflector == "self" else self.base, self.tokenizer, self.sampler.slots)
 
         def ask_all(jobs, seed):
             rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature,
@@ -663,15 +668,14 @@ class Run:
             return rollouts
 
         def write(chats, seed):
-            room = self.model.config.context - c.reflection_tokens
+            room = self.model.config.context_length - c.reflection_tokens
             prompts = [self.tokenizer.chat(chat)[-room:] for chat in chats]               # too long a chat loses its beginning
             replies = reflector.generate(prompts, c.reflection_tokens, 1.0, (c.seed, task, REFLECT, cycle, seed), "reflect")
             self.spent["fast_tokens"] += sum(len(reply.tokens) for reply in replies)
             return [(self.tokenizer.decode(reply.answer), reply.stopped) for reply in replies]
 
         def likelihood(answers):
-            rows = [(tuple(self.tokenizer.chat(context.messages(problem.question))),
-                     [*self.tokenizer.encode(text), self.tokenizer.turn_end]) for context, problem, text in answers]
+            rows = [(context.prompt(self.tokenizer, p.question), self.tokenizer.turn(text)) for context, p, text in answers]
             return [logprobs.mean().item() for logprobs in score_all(self.model, rows, 1.0, self.micro_batch)]
 
         updates = self.learner.updates if self.learner else 0
@@ -746,7 +750,8 @@ class Run:
         for name in self.JOURNALS:
             with open(self.folder / name, "ab+") as file:
                 os.fsync(file.fileno())
-            journals[name] = length_and_digest((self.folder / name).read_bytes())
+            content = (self.folder / name).read_bytes()
+            journals[name] = len(content), hashlib.sha256(content).hexdigest()
         tensors = self.learner.tensors() if self.learner else {}
         state = {"config": dataclasses.asdict(self.config), "origin": self.origin, "population": self.population.to_json(),
                  "updates": self.learner.updates if self.learner else 0, "journals": journals,
@@ -774,7 +779,7 @@ class Run:
                              "or put a good copy there") from error
         changed = []
         for name, (length, sha256) in state["journals"].items():
-            if length_and_digest((self.folder / name).read_bytes()[:length]) != (length, sha256):
+            if hashlib.sha256((self.folder / name).read_bytes()[:length]).hexdigest() != sha256:
                 changed.append(self.folder / name)
         kept = lambda settings: {name: value for name, value in settings.items() if name not in RESUME_FLAGS}
         if kept(state["config"]) != kept(vars(self.config)):
@@ -875,10 +880,6 @@ def digest(text, tensors=()):
     return out.hexdigest()
 
 
-def length_and_digest(content):
-    return len(content), hashlib.sha256(content).hexdigest()
-
-
 def table(row):
     cell = lambda key: f"{row[key + 'greedy']:6.1%} / {row[key + 'mean']:6.1%}"
     interval = lambda key: "{:.1%} to {:.1%}".format(*row[f"{key}_interval"])
@@ -972,7 +973,8 @@ def plot(folders, path):
         axis.set(xlabel=x, ylabel=y, ylim=None if axis is entropy else (0, 1))
         axis.grid(alpha=0.3)
     gains.set_xticks(range(len(GAINS)), GAINS.values())
-    by_step.legend(fontsize=8)
+    if by_step.lines:
+        by_step.legend(fontsize=8)
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
     pyplot.close(figure)
 
@@ -1012,7 +1014,7 @@ def parse(argv):
         kind = tokens_or_auto if field.name == "micro_batch" else field.type
         default = "see --check" if field.default is None else field.default
         text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
-        parser.add_argument(flag(field.name), type=kind, default=field.default, help=text)
+        parser.add_argument(flag(field.name), type=kind, default=argparse.SUPPRESS, help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds and start anew")
     parser.add_argument("--check", action="store_true", help="say what would run, and what it takes, and stop")
     parser.add_argument("--eval", metavar="RUN", help="accuracy of {base, trained weights} x {seed, evolved prompt} on the test "
@@ -1021,8 +1023,9 @@ def parse(argv):
     parser.add_argument("--show-prompts", metavar="RUN", help="the family tree of a run's prompts")
     options = vars(parser.parse_args(argv))
     actions = {key: options.pop(key) for key in ("overwrite", "check", "eval", "plot", "show_prompts")}
-    options["seed_prompt"] = read_seed_prompt(options["seed_prompt"])
-    return Config(**options), actions
+    if "seed_prompt" in options:
+        options["seed_prompt"] = read_seed_prompt(options["seed_prompt"])
+    return Config(**options), actions | {"given": options}
 
 
 def stored_config(folder, changes={}):
@@ -1044,22 +1047,29 @@ def write_config(folder, asked, resolved):
 
 
 def open_run(config, overwrite):
-    """The resolved configuration of a new run, or of the one that the same command began."""
+    """The resolved configuration of a new run, or of the one that the same command began, and the lock on its folder. ValueError where
+    another process holds it, or it has another run's or other people's files."""
     import fcntl
     resolved = resolve(config)
     folder = Path(resolved.out)
     folder.mkdir(parents=True, exist_ok=True)
+
+    # 1. The lock.
     lock = open(folder / "lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)      # let go by the system when the process ends, however it ends
     except OSError as error:
         raise ValueError(f"another process is at work in {folder}") from error
+
+    # 2. What a killed process left half written goes.
     ours = (folder / "config.json").exists()                  # the first file of a run: without it nothing here is known to be ours
     pieces = (".config.json.[0-9]*", ".curves.png.[0-9]*", "checkpoint/.*.[0-9]*", "state/.*.[0-9]*", "checkpoint/.tmp??????",
               "state/.tmp??????")
     for pattern in pieces if ours else pieces[:1]:
         for leftover in folder.glob(pattern):                 # was being written when a run was killed; .tmp: by safetensors
             leftover.unlink()
+
+    # 3. The same command goes on.
     if ours and not overwrite:
         before, stored = stored_config(folder)
         changed = {key: value for key, value in vars(config).items() if value != vars(before)[key]}
@@ -1073,6 +1083,8 @@ def open_run(config, overwrite):
         if (folder / STATE).exists():                         # else nothing would be lost
             other = ", ".join(f"{key} {vars(before)[key]!r}, now {value!r}" for key, value in changed.items())
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
+
+    # 4. A new run: other people's files are refused, a run's own deleted.
     known = {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else {"lock"}
     strangers = {p.name for p in folder.iterdir()} - known
     if strangers:
@@ -1093,13 +1105,13 @@ def check(config):
         print(f"{field.name:18} {value!s:28} {'as asked' if getattr(config, field.name) != field.default else source}")
     print(f"{'why this model':18} {c.why_model}")
     model, tokenizer = load(c.model)
-    question, _ = room_for_prompts(c, tasks, tokenizer, model.config.context)
+    question, prompt = room_for_prompts(c, tasks, tokenizer, model.config.context_length)
     weights, m = sum(p.numel() for p in model.parameters()), model.config
     phases = schedule(c)
     steps = sum(kind == "slow" for kind, _, _ in phases)
     slow = steps * c.batch * c.group
     fast = sum(int(c.passes * c.batch * len(steps_of(c, i))) for kind, _, i in phases if kind == "fast")
-    parts, micro_batch, slots = plan(c, m, weights, question)
+    parts, micro_batch, slots = plan(c, m, weights, question, prompt)
     print(f"\n{slow} slow rollouts, at most {fast} fast ones, and the evaluations', of at most {c.max_new_tokens} tokens each")
     print(f"micro-batches of {micro_batch:,} tokens, {slots} slots; memory in GB, without the libraries' own:")
     print("  " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))
@@ -1109,8 +1121,8 @@ def check(config):
         rate = cpu_speed()[c.dtype]
         # in tokens of a forward pass: an answer is sampled at half the rate, training costs four passes, two of them backward; a
         # fast phase samples few rows at a time, and drafts a context for every eighth rollout, whose probes the model reads
-        K = 1 if c.method == "rl" else c.prompts
-        work = 5 * steps * K * (c.prompt_tokens * (c.method != "rl") + c.batch * QUESTION) + 6 * slow * c.max_new_tokens
+        K, context = (1, prompt) if c.method == "rl" else (c.prompts, c.prompt_tokens)
+        work = 5 * steps * K * (context + c.batch * QUESTION) + 6 * slow * c.max_new_tokens
         work += fast * (QUESTION + 4 * c.max_new_tokens + (c.prompt_tokens + reflect.PROBES * (QUESTION + c.max_new_tokens)) // 8)
         asked = 2 * c.eval_problems * (4 * len(c.task.split(",")) + math.ceil(steps / (c.eval_every or c.steps)) + 1)
         work += asked * (QUESTION + 2 * c.max_new_tokens * (1 + c.eval_samples))
@@ -1127,9 +1139,8 @@ def open_folder(folder, changes={}):
     path = Path(folder) / "checkpoint" / "prompts.json"
     with reading(path):
         population = reflect.Population.from_json(json.loads(read_text(path)))
-        texts = [text for context in population.contexts for text in context.texts()]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError("its prompts are not texts")
+        if not population.candidates:
+            raise ValueError("it holds no prompt")
     run = Run(c, Path(folder) / "checkpoint")
     run.population = population
     if run.model.config.vocab_size != run.base.config.vocab_size:
@@ -1148,7 +1159,7 @@ def main(argv=None):
     handlers = {}
     try:
         config, actions = parse(argv)
-        given = {field.name: getattr(config, field.name) for field in FLAGS if getattr(config, field.name) != field.default}
+        given = actions.pop("given")                      # the flags as given: one that repeats a default counts, too
         for action in ("eval", "plot", "show_prompts"):
             unused = given.keys() - (EVAL_FLAGS if action == "eval" else set())
             unused |= {name for name in actions if actions[name] and name != action}

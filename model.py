@@ -78,7 +78,7 @@ class Config:
     norm_eps: float
     rope_theta: float
     rope_scaling: dict | None  # Llama 3's frequency scaling, the only one known here
-    context: int              # longest sequence that the checkpoint was made for
+    context_length: int       # longest sequence that the checkpoint was made for
     tied: bool                # the output head is the embedding
     qkv_bias: bool            # Qwen2
     qk_norm: bool             # Qwen3
@@ -162,8 +162,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens):
         rows, length = tokens.shape
-        if length > self.config.context:
-            raise ValueError(f"{length} tokens are more than the model's context of {self.config.context}")
+        if length > self.config.context_length:
+            raise ValueError(f"{length} tokens are more than the model's context of {self.config.context_length}")
         layout = Layout([(row, None) for row in tokens.tolist()], tokens.device)
         hidden = self.hidden(layout.tokens, layout.positions, layout.attend)                  # [rows * tokens, hidden]
         return F.linear(hidden, self.output_weight()).float().view(rows, length, -1)
@@ -446,6 +446,10 @@ class Tokenizer:
                 return ids
         return self.reference.encode(text, add_special_tokens=False).ids
 
+    def turn(self, text) -> list[int]:
+        """An answer as the assistant's turn: its ids and the token that ends it."""
+        return [*self.encode(text), self.turn_end]
+
     def decode(self, ids) -> str:
         """Special tokens are kept; bytes that are no UTF-8 become U+FFFD; an id outside the vocabulary is a ValueError."""
         if not all(0 <= id < len(self.bytes) for id in ids):
@@ -531,7 +535,7 @@ FIELDS = {  # Config: (config.json, GGUF)
     "intermediate_size": ("intermediate_size", "feed_forward_length"), "num_layers": ("num_hidden_layers", "block_count"),
     "num_heads": ("num_attention_heads", "attention.head_count"), "head_dim": ("head_dim", "attention.key_length"),
     "num_kv_heads": ("num_key_value_heads", "attention.head_count_kv"), "rope_theta": ("rope_theta", "rope.freq_base"),
-    "context": ("max_position_embeddings", "context_length"),
+    "context_length": ("max_position_embeddings", "context_length"),
     "norm_eps": ("rms_norm_eps", "attention.layer_norm_rms_epsilon")}
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -721,7 +725,7 @@ def read_gguf(path):
                       "vocab": {tokens[id]: id for id, type in enumerate(types) if type != 5},
                       "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]}}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "model_max_length": c.context, "chat_template": fields.get("tokenizer.chat_template")}
+                "model_max_length": c.context_length, "chat_template": fields.get("tokenizer.chat_template")}
     settings |= {f"{name[:3]}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]]
                  for name in ("bos", "eos", "padding") if f"tokenizer.ggml.{name}_token_id" in fields}
     files = {"config.json": config, "tokenizer_config.json": settings, "tokenizer.json": spec}

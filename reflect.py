@@ -73,8 +73,8 @@ class Candidate:
     @staticmethod
     def from_json(row):
         cells = [{int(step): answers for step, answers in row.get(name, {}).items()} for name in ("scores", "formed")]
-        return Candidate(row["id"], Context(row["system"], tuple(Example(**e) for e in row["examples"])), tuple(row["parents"]),
-                         row["operator"], row["verdict"], row["reason"], row["changes"], *cells)
+        return Candidate(row["id"], Context.from_json(row), tuple(row["parents"]), row["operator"], row["verdict"], row["reason"],
+                         row["changes"], *cells)
 
 
 class Population:
@@ -393,9 +393,8 @@ class Search:
         share = self.budget if len(self.candidates) == 1 else 2 * self.budget // (5 * len(self.candidates))
         self.measure(self.candidates, self.anchors[:max(1, share)])
         self.measure([max(self.candidates, key=self.estimate)], self.anchors)
-        shown = {e.problem_id for c in self.candidates for e in c.context.examples}
         worked = self.worked()
-        known = [p for p in self.anchors if p.id in worked and p.id not in shown]
+        known = [p for p in self.anchors if p.id in worked and all(c.scorers([p]) for c in self.candidates)]
         known = known[:min(PROBES, len(self.anchors) // 4, len(known) // 3)] if self.likelihood else []
         self.probes = [(p, self.solution(p.id).answer) for p in known]
         self.score_probes([c.context for c in self.candidates])
@@ -462,8 +461,9 @@ class Search:
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
-        # 3. The most promising of the accepted are scored on all anchors, with at most half of what is left. Where none of them seems
-        #    to solve anything, form decides more, of which three answers say little: four for each place first answer a quarter of them.
+        # 3. The most promising of the accepted are scored on all anchors: as many as half of what is left pays for, one at least. Where
+        #    none of them seems to solve anything, form decides more, of which three answers say little: first four for each place
+        #    answer a quarter of the anchors, for up to the other half.
         places = (self.budget - self.spent) // (2 * len(self.anchors))
         first = lambda n: sorted(self.waiting, key=self.promise, reverse=True)[:n]
         if all(self.unsolved(self.estimate(c)) for c in self.waiting):
@@ -512,8 +512,8 @@ class Search:
                 slots[self.draw_operator(able[1:]), self.rng.choice(parents)] += 1
         for (name, parent), n in slots.items():
             if name != "rewrite":
-                minibatch_ids = {r.problem.id for r in traces[parent]}
-                children += [(child, parent) for child in self.offspring(name, parent, minibatch_ids, n)]
+                scoring = {r.problem.question for r in traces[parent]}
+                children += [(child, parent) for child in self.offspring(name, parent, scoring, n)]
         return [(child, parent) for child, parent in children if child.verdict != "rejected"]
 
     def draw_operator(self, operators):
@@ -552,12 +552,12 @@ class Search:
             return self.add(Context(printable(reply)[:2000], parent.context.examples), parent, "rewrite", "rejected", str(error))
         return self.add(context, parent, "rewrite")
 
-    def offspring(self, name, parent, minibatch_ids, count):
-        """Up to `count` children of the parent by the operator `name`, the method of that name: (the parent's context, ids of the
-        problems that will score the child) -> the child's context. To draft more, and ask those under which known solutions are
+    def offspring(self, name, parent, scoring, count):
+        """Up to `count` children of the parent by the operator `name`, the method of that name: (the parent's context, the
+        questions that will score the child) -> the child's context. To draft more, and ask those under which known solutions are
         likeliest, did not pay: it ranks them by their number of examples (bench/operators.py)."""
         operator = getattr(self, name)
-        contexts = [operator(parent.context, minibatch_ids) for _ in range(count)]
+        contexts = [operator(parent.context, scoring) for _ in range(count)]
         new = {content(x): x for x in contexts if content(x) not in self.seen and self.count_tokens(x) <= self.prompt_tokens}
         self.score_probes(new.values())
         self.population.operators[name][1] += count - len(new)                        # nothing new to propose is no success
@@ -588,7 +588,7 @@ class Search:
         alone = lambda i: i in self.bare and self.solution(i) == answer_alone(self.solution(i))
         return [i for i in self.solutions if not alone(i)] or list(self.solutions)
 
-    def lesson(self, context, minibatch_ids):
+    def lesson(self, context, scoring):
         """One lesson more, or, once in a while, one less."""
         instruction, lessons = lessons_of(context.system)
         new = [s for s in self.sentences if s not in context.system]
@@ -598,35 +598,36 @@ class Search:
             lessons.append(self.rng.choice(new))
         return fill(with_lessons(instruction, lessons), context.examples, self.count_tokens, self.prompt_tokens)
 
-    def example(self, context, minibatch_ids):
+    def example(self, context, scoring):
         """Other worked examples, with their working where it is known, as many as fit: for a small model their number counts more
         than which they are (bench/examples.py)."""
-        worked = lambda e: self.solution(e.problem_id) if e == answer_alone(e) and e.problem_id in self.solutions else e
-        return self.fit(context.system, list(map(worked, self.draw_examples(context, minibatch_ids, self.worked()))))
+        ids = {self.solution(i).question: i for i in self.solutions}
+        restored = lambda e: self.solution(ids[e.question]) if e == answer_alone(e) and e.question in ids else e
+        return self.fit(context.system, list(map(restored, self.draw_examples(context, scoring, self.worked()))))
 
-    def brief(self, context, minibatch_ids):
+    def brief(self, context, scoring):
         """Like `example`, without their working. Whether this helps is for the task and the model to say (bench/examples.py)."""
-        return self.fit(context.system, list(map(answer_alone, self.draw_examples(context, minibatch_ids, self.solutions))))
+        return self.fit(context.system, list(map(answer_alone, self.draw_examples(context, scoring, self.solutions))))
 
-    def draw_examples(self, context, minibatch_ids, problem_ids):
+    def draw_examples(self, context, scoring, problem_ids):
         """Some of the old examples, or none, joined by new ones: none of a problem that is about to score the prompt, or whose
         likelihood does."""
         old = list(context.examples)
         stay = self.rng.sample(old, self.rng.choice([len(old), max(0, len(old) - 1), len(old) // 2, 0]))
-        excluded = minibatch_ids | {e.problem_id for e in old} | {p.id for p, _ in self.probes}
-        pool = [problem_id for problem_id in problem_ids if problem_id not in excluded]
+        excluded = scoring | {e.question for e in old} | {p.question for p, _ in self.probes}
+        pool = [problem_id for problem_id in problem_ids if self.solution(problem_id).question not in excluded]
         counts = [2, 8, len(pool), len(pool)] + [0] * (len(stay) < len(old))      # often all, of which `fit` takes what has room
         added = self.rng.sample(pool, min(len(pool), self.rng.choice(counts)))
         return stay + [self.solution(problem_id, self.rng.random() < 1 / 4) for problem_id in added]
 
-    def merge(self, context, minibatch_ids):
+    def merge(self, context, scoring):
         """With another prompt's lessons and examples too."""
         others = [c for c in self.contenders if c.context != context]
         other = self.rng.choice(others or self.contenders)              # with itself alone there is nothing new to propose
         (instruction, lessons), (_, more) = lessons_of(context.system), lessons_of(other.context.system)
         lessons += [lesson for lesson in more if lesson not in lessons]
-        excluded = minibatch_ids | {e.problem_id for e in context.examples}
-        new = [e for e in other.context.examples if e.problem_id not in excluded]
+        excluded = scoring | {e.question for e in context.examples}
+        new = [e for e in other.context.examples if e.question not in excluded]
         if not new and with_lessons(instruction, lessons) == context.system:
             return context
         merged = self.fit(with_lessons(instruction, lessons), [*context.examples, *new])
@@ -647,19 +648,19 @@ class Search:
         mean = {c: self.estimate(c) for c in self.candidates if c.scores[self.step] or c in self.contenders}
         complete = [c for c in able if not self.unasked(c, self.anchors)]
 
-        # 1. Level with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Of them the one
+        # 1. Tied with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Of them the one
         #    under which known solutions are likeliest leads: likelihood tells few worked examples from many, which so few rewards
         #    cannot. Where 0 is level, too, `chance` decides. Only a candidate measured on all anchors can lead.
         top = max(map(mean.get, complete), default=0.0)
-        level = {c for c in complete if mean[c] >= top - self.margin(top)}
+        tied = {c for c in complete if mean[c] >= top - self.margin(top)}
         likely = self.chance if self.unsolved(top) else self.known_logprob
-        rank = lambda c: (c in level, likely(c) if c in level else 0, mean[c])
+        rank = lambda c: (c in tied, likely(c) if c in tied else 0, mean[c])
 
         # 2. A prompt less than half as good as the best would waste the rollouts that it gets: a better one takes its place, even a
         #    second time. Among the others `cover` goes by estimates: a single 0 or 1, drawn towards the candidate's mean as if by
         #    two more problems.
         half = max(mean[c] for c in able) / 2
-        good = [c for c in mean if c in level or mean[c] >= half]
+        good = [c for c in mean if c in tied or mean[c] >= half]
         pool = [c for c in good if c in able]
         estimates = [[(c.scores[self.step].get(p.id, mean[c]) + 2 * mean[c]) / 3 for p in self.anchors] for c in pool]
         lengths = [self.count_tokens(c.context) for c in pool]
@@ -698,7 +699,7 @@ def show(rows):
         scores = "".join(f"; {mean:.2f} at step {step}" for step, mean in means[row["id"]].items() if mean is not None)
         second = f" with #{row['parents'][1]}" if len(row["parents"]) > 1 else ""
         lines.append(f"{indent}#{row['id']} {row['operator']}{second}: {row['verdict']} ({row['reason']}){scores}")
-        text = row["changes"] if row["parents"] else readable(Candidate.from_json(row).context)
+        text = row["changes"] if row["parents"] else readable(Context.from_json(row))
         lines += [f"{indent}    {line}" for line in text]
         todo += [(child, depth + 1) for child in reversed(children.pop(row["id"], []))]
     return printable("\n".join(lines))

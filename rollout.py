@@ -2,8 +2,8 @@
 What the model is asked, how it answers, and how the answer is graded.
 
   Task      problems in three splits that share none; `grade` gives a reward and says what was wrong
-  Sampler   draws answers: rows are admitted in a Block, which holds their keys and values, a shared prefix's once, and get a token
-            at a time, each from a uniform drawn ahead
+  Sampler   draws answers, a token at a time for all rows, each from a uniform drawn ahead. Rows admitted together are a Block, which
+            holds their keys and values, those of a shared prefix once
   ask       (context, problem) pairs -> graded Rollouts
   score     the log-probs of given answers, with gradient: what the sampler computed, all tokens at once; `divergence`, how far two
             models are apart on them
@@ -67,13 +67,23 @@ class Context:
             turns += [("user", example.question), ("assistant", example.answer)]
         return [{"role": role, "content": content} for role, content in [*turns, ("user", question)]]
 
+    def prompt(self, tokenizer, question=""):
+        """Token ids of the chat up to where the answer begins."""
+        return tuple(tokenizer.chat(self.messages(question)))
+
     def without(self, problem):
         """This context less the examples made of that problem: of its question, as a person's examples have no ids, and those of a
         file's lines move when it grows."""
         return Context(self.system, tuple(e for e in self.examples if e.question != problem.question))
 
-    def texts(self):
-        return [self.system, *(text for example in self.examples for text in vars(example).values())]
+    @staticmethod
+    def from_json(row):
+        """{"system": ..., "examples": [{"question": ..., "answer": ..., "problem_id": ...}, ...]} -> Context; the examples, and each
+        one's problem_id, may be missing. Whatever else it holds is passed over; what is no text raises."""
+        context = Context(row["system"], tuple(Example(**e) for e in row.get("examples", ())))
+        if not all(isinstance(text, str) for text in (context.system, *(t for e in context.examples for t in vars(e).values()))):
+            raise ValueError("not a text")
+        return context
 
 
 def read_context(text):
@@ -86,11 +96,7 @@ def read_context(text):
     if not isinstance(row, dict):
         return Context(text)
     with reading('a seed prompt in JSON must be {"system": ..., "examples": [{"question": ..., "answer": ...}, ...]}'):
-        row = row["candidates"][0] if "candidates" in row else row
-        context = Context(row["system"], tuple(Example(**e) for e in row.get("examples", ())))
-        if not all(isinstance(text, str) for text in context.texts()):
-            raise ValueError("not a text")
-    return context
+        return Context.from_json(row["candidates"][0] if "candidates" in row else row)
 
 
 def extract_answer(text):
@@ -614,7 +620,7 @@ class Sampler:
         A row's randomness is a function of (seed, its prompt, how many equal prompts stand before it), one uniform per token,
         drawn ahead: who else is in the batch changes a row by the arithmetic's rounding at most."""
         prompts = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in prompts]
-        context = self.model.config.context
+        context = self.model.config.context_length
         for prompt in prompts:
             if not 0 < len(prompt) < context:
                 raise ValueError(f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}")
@@ -637,7 +643,7 @@ class Sampler:
     @torch.no_grad()
     def draw(self, prompts, slots, max_new_tokens, temperature, seed, progress, greedy):
         """What `generate` gives, its arguments checked, `slots` rows at once."""
-        context, device = self.model.config.context, self.model.embedding.device
+        context, device = self.model.config.context_length, self.model.embedding.device
         self.limit = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
         self.uniform = torch.from_numpy(uniforms(prompts, max_new_tokens, seed)).to(device)   # [rows, max new tokens]
         self.tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
@@ -784,7 +790,7 @@ def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=N
     """Puts each (context, problem) to the model, all in one batch, and grades the answers: a Rollout each, in order. A problem
     that stands among its context's worked examples is asked without that example: its answer is not to be copied."""
     jobs = [(context.without(problem), problem) for context, problem in jobs]
-    prompts = {job: tuple(sampler.tokenizer.chat(job[0].messages(job[1].question))) for job in dict.fromkeys(jobs)}
+    prompts = {(context, p): context.prompt(sampler.tokenizer, p.question) for context, p in dict.fromkeys(jobs)}
     completions = sampler.generate([prompts[job] for job in jobs], max_new_tokens, temperature, seed, progress, greedy)
     rollouts = []
     for (context, problem), completion in zip(jobs, completions):

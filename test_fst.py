@@ -608,7 +608,7 @@ def equals_gguf(path, ours, tokenizer):
     assert np.array_equal(values(t.data for t in reader.tensors), values(p.detach().numpy() for p in ours.parameters()))
     fields = {key.partition(".")[2]: field.contents() for key, field in reader.fields.items()}
     for key, value in dict(attention__head_count=ours.config.num_heads, attention__head_count_kv=ours.config.num_kv_heads,
-                           context_length=ours.config.context, block_count=ours.config.num_layers).items():
+                           context_length=ours.config.context_length, block_count=ours.config.num_layers).items():
         assert fields[key.replace("__", ".")] == value
     assert math.isclose(fields["rope.freq_base"], ours.config.rope_theta, rel_tol=1e-6)
     assert math.isclose(fields["attention.layer_norm_rms_epsilon"], ours.config.norm_eps, rel_tol=1e-6)
@@ -2009,7 +2009,7 @@ def test_the_longest_question_fits_under_the_longest_prompt(tiny_run):
     run = tiny_run("--prompt-tokens", 100_000)
     questions = [p.question for task in run.tasks for split in ("train", "val", "test") for p in task.problems(split)]
     longest = max(len(run.tokenizer.encode(question)) for question in questions)
-    assert run.prompt_tokens + longest + 8 == run.model.config.context
+    assert run.prompt_tokens + longest + 8 == run.model.config.context_length
     assert tiny_run("--prompt-tokens", 100, out="short").prompt_tokens == 100
 
 
@@ -2226,6 +2226,14 @@ def test_micro_batches_keep_contexts_together():
                 mine = {i for i, (prompt, _) in enumerate(rows) if prompt[:len(c)] == c}
                 if len(c) + sum(len(rows[i][0]) - len(c) + len(rows[i][1]) for i in mine) <= limit:
                     assert sum(bool(mine & set(batch)) for batch in batches) == 1
+
+
+def test_a_prompt_nearly_as_long_as_a_micro_batch_does_not_split_it_into_rows():
+    """96 rows of 10 tokens under one prompt: as many batches as a quarter of the limit asks for, however long the prompt is."""
+    for prompt in (10, 200, 380, 399, 400, 2000):
+        batches = fst.micro_batches([((1,) * prompt + (2 + i % 8,), [1] * 10) for i in range(96)], 400)
+        assert sorted(i for batch in batches for i in batch) == list(range(96))
+        assert len(batches) == math.ceil((8 + 96 * 10) / max(400 - prompt, 100))
 
 
 def test_each_row_is_trained_under_its_own_prompt(tiny_run):
@@ -2534,6 +2542,20 @@ def test_memory_is_what_the_plan_says(tmp_path, monkeypatch):
         if "auto" in more:
             assert parts["in all"] <= 1.0e9 and 64 < micro_batch < 2048 and slots == 64
     assert parts["in all"] > 1.0e9 and micro_batch == 2048
+
+
+def test_in_plain_rl_the_seed_prompt_is_planned_for(tmp_path):
+    """Its keys and values once, and its scores, of all tokens that it has."""
+    c = fst.resolve(fst.Config(method="rl", device="cpu", dtype="bfloat16", model="m", slots=10))
+    m = model.Config("LlamaForCausalLM", 1000, 64, 128, 2, 4, 2, 16, 1e-5, 1e4, None, 8192, True, False, False)
+    none, some = (fst.plan(c, m, 10 ** 6, 128, prompt) for prompt in (0, 1000))
+    keys, scores = 2 * 2 * 2 * 32 * 1000, 10 * 128 * 4 * 2 * 4 * 1000        # 2 layers, 2 x 32 numbers a token; 10 rows of 128 tokens, 4 heads
+    assert some[0]["sampling"] - none[0]["sampling"] == keys + scores and some[0]["training"] > none[0]["training"]
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "run")                      # for its data and model
+    config = fst.open_folder(tmp_path / "run").config
+    plain, long = (fst.Run(dataclasses.replace(config, seed_prompt=text)) for text in ("Add.", "Add one and one. " * 20))
+    size = lambda run: len(run.tokenizer.chat(run.tasks[0].seed_context.messages("")))
+    assert (plain.prompt_tokens, long.prompt_tokens) == (size(plain), size(long)) and size(long) > size(plain) + 50
 
 
 def test_long_questions_are_planned_for():
@@ -2906,6 +2928,7 @@ def test_eval_under_another_prompt_and_on_another_task(tmp_path, capsys, monkeyp
     assert lows == [pytest.approx(100 * fst.wilson(float(x) / 100 * n, n)[0], abs=0.1) for x in re.findall(r"([\d.]+)%", told[1][1])]
     elsewhere, cells = evaluate("run", "--task", f"jsonl:{write_parities(tmp_path / 'other.jsonl', shift=1)}")
     assert elsewhere.startswith("jsonl:other, ") and cells != told
+    assert evaluate("run", "--task", "arithmetic", "--max-new-tokens", 4)[0].startswith("arithmetic, ")      # a flag that says a default counts
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys):
@@ -3597,7 +3620,7 @@ class Model:
     def ask(self, jobs, seed):
         out = []
         for i, (context, problem) in enumerate(jobs):
-            assert problem.id not in {e.problem_id for e in context.examples}
+            assert context.without(problem) == context
             right = chance(seed, i, context, problem.id) < self.accuracy(context)
             feedback = f"Correct: the answer is {problem.answer}." if right else (
                 f"{FORMAT} The right answer is {problem.answer}.\nA reference solution:\n{problem.solution}")
@@ -3610,7 +3633,7 @@ class Model:
         return [(self.reply(random.Random(f"{seed} {i}")) if callable(self.reply) else self.reply, True) for i, _ in enumerate(chats)]
 
     def likelihood(self, answers):
-        assert not any(p.id in {e.problem_id for e in context.examples} for context, p, _ in answers)
+        assert all(context.without(p) == context for context, p, _ in answers)
         return [(self.accuracy(context) - 1 + 0.1 * (chance(context, p.id) - 0.5)) / 8 for context, p, _ in answers]
 
 
@@ -4206,6 +4229,14 @@ def test_an_example_without_an_id_never_scores_its_own_problem(tiny):
             assert tokenizer.decode(list(r.prompt)).count(problem.question) == 1 and r.context == context.without(problem)
 
 
+def test_a_search_from_examples_without_ids():
+    """As of a person's JSON: none is asked what it shows, nor has a probe in it (Model checks), on anchors that hold the examples' problems."""
+    for seed in range(12):
+        population = Population([Context("Seed.", tuple(Example(p.question, p.solution) for p in problems(3)))])
+        for cycle in range(3):
+            run(Model(base=0.2), seed, population=population, step=cycle)
+
+
 def test_a_generated_task_with_too_few_problems_is_refused():
     class Few(rollout.Generated):
         name = "few"
@@ -4262,7 +4293,7 @@ def test_brief_examples_have_their_answers_alone():
     for _ in range(100):
         for old in ((), whole[:6], cut[:6], (*whole[:3], *cut[3:6]), (*cut[:6], cut[-1])):
             for operator, allowed in ((search.brief, cut), (search.example, [*whole[:-1], cut[-1]])):
-                examples = operator(Context("", tuple(old)), {"train/6", "train/7"}).examples
+                examples = operator(Context("", tuple(old)), {known[id].question for id in ("train/6", "train/7")}).examples
                 sizes[operator].add(len(examples))
                 assert set(examples) <= set(allowed) and not {"train/6", "train/7"} & {e.problem_id for e in examples}
                 assert cut[-1] not in examples or cut[-1] in old

@@ -53,7 +53,7 @@ def no_solutions(run):
 
 def sft(run):
     def supervised(rollouts, rewards):
-        solution = lambda r: [*run.tokenizer.encode(r.problem.solution), run.tokenizer.turn_end]
+        solution = lambda r: run.tokenizer.turn(r.problem.solution)
         taught = list({(r.problem, r.context): dataclasses.replace(r, tokens=solution(r)) for r in rollouts}.values())
         now = fst.score_all(run.model, [(r.prompt, r.tokens) for r in taught], 1.0, run.micro_batch)
         taught = [dataclasses.replace(r, logprobs=logprobs.tolist()) for r, logprobs in zip(taught, now)]

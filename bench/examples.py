@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     options = parser.parse_args()
     model, tokenizer = load(options.model, "cuda" if torch.cuda.is_available() else "cpu", DTYPES[options.dtype])
-    sampler, count = Sampler(model, tokenizer), lambda context: len(tokenizer.chat(context.messages("")))
+    sampler, count = Sampler(model, tokenizer), lambda context: len(context.prompt(tokenizer))
     conditions = [(number, None, "random") for number in options.numbers]
     conditions += [(drawn, limit, order) for limit in options.limits for drawn in options.drawn for order in options.orders]
     conditions = [(*condition, wording) for condition in conditions for wording in options.wordings]
@@ -52,7 +52,7 @@ def main():
         system = with_lessons(task.seed_prompt, options.lessons)
         problems = random.Random("examples").sample(task.problems("val"), options.problems)
         most = 32 if name == "arithmetic" else options.max_new_tokens
-        room = model.config.context - most - max(len(tokenizer.encode(p.question)) for p in problems)
+        room = model.config.context_length - most - max(len(tokenizer.encode(p.question)) for p in problems)
         for drawn, limit, order, wording in conditions:
             start, contexts = time.perf_counter(), []
             for draw in range(options.draws):             # the same draws in all orders and wordings
@@ -65,8 +65,7 @@ def main():
                 kept = fill(system, examples, count, min(limit or room, room)).examples
                 contexts.append(Context(system, tuple(rng.sample(kept, len(kept)))))
             asked = examine(sampler, task, contexts, problems, 1, most)               # [contexts][problems][greedy, sampled]
-            rows = [(tuple(tokenizer.chat(c.messages(p.question))), [*tokenizer.encode(p.solution), tokenizer.turn_end])
-                    for c in contexts for p in problems]
+            rows = [(c.prompt(tokenizer, p.question), tokenizer.turn(p.solution)) for c in contexts for p in problems]
             means = torch.stack([logprobs.mean() for logprobs in score_all(model, rows, 1.0, 4096)]).view(len(contexts), -1).mean(-1)
             share = lambda flag, kind: [sum(flag(answers[kind]) for answers in context) / len(context) for context in asked]
             row = {"task": task.name, "model": options.model, "dtype": options.dtype, "drawn": drawn, "limit": limit, "order": order,

@@ -32,7 +32,7 @@ def main():
     drawn = random.Random(f"few-shot {options.seed}").sample(task.problems("train"), options.drawn)
     examples = [Example(p.question, p.solution, p.id) for p in drawn]
     examples = [answer_alone(e) for e in examples] if options.brief else examples
-    context = fill(task.seed_prompt, examples, lambda context: len(tokenizer.chat(context.messages(""))), options.prompt_tokens)
+    context = fill(task.seed_prompt, examples, lambda context: len(context.prompt(tokenizer)), options.prompt_tokens)
     print(json.dumps(dataclasses.asdict(context), indent=1))
 
 

@@ -58,7 +58,7 @@ class Adapter:
         """gepa's reflection_lm: text -> text, at temperature 1; a prompt too long for the model loses its beginning, as ours does."""
         c, tokenizer = self.run.config, self.run.tokenizer
         self.calls += 1
-        ids = tokenizer.chat([{"role": "user", "content": prompt}])[-(self.run.model.config.context - c.reflection_tokens):]
+        ids = tokenizer.chat([{"role": "user", "content": prompt}])[-(self.run.model.config.context_length - c.reflection_tokens):]
         reply, = self.run.sampler.generate([ids], c.reflection_tokens, 1.0, (c.seed, 0, 6, self.calls))
         self.tokens += len(reply.tokens)
         return tokenizer.decode(reply.answer)

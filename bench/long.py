@@ -106,7 +106,7 @@ def rounding(name, dtype, problems, limit=24):
     model, tokenizer = load(name, dtype=dtype)
     model.requires_grad_(False)
     task = get_task("arithmetic")
-    prompts = [tuple(tokenizer.chat(Context(task.seed_prompt).messages(p.question)))
+    prompts = [Context(task.seed_prompt).prompt(tokenizer, p.question)
                for p in task.problems("train")[:problems] for _ in range(4)]
     draw = lambda prompts, slots=64: Sampler(model, tokenizer, slots).generate(prompts, limit, 1.0, 0)
     about = {"model": name, "dtype": str(dtype).removeprefix("torch."), "seed": 0}

@@ -57,7 +57,7 @@ def record(file, **row):
 def system_text(tokenizer, task, long):
     """The task's seed prompt, filled with questions until a chat has about `long` tokens."""
     system, questions = task.seed_prompt, [p.question for p in task.problems("train")]
-    while long and len(tokenizer.chat(Context(system).messages(questions[0]))) < long:
+    while long and len(Context(system).prompt(tokenizer, questions[0])) < long:
         system += "\nA question of an earlier day was: " + questions[-1 - len(system) % 1000]
     return system
 
@@ -65,7 +65,7 @@ def system_text(tokenizer, task, long):
 def prompts_of(tokenizer, task, problems, samples, long):
     """`problems` chat prompts, each `samples` times."""
     context = Context(system_text(tokenizer, task, long))
-    return [tokenizer.chat(context.messages(p.question)) for p in task.problems("train")[:problems] for _ in range(samples)]
+    return [context.prompt(tokenizer, p.question) for p in task.problems("train")[:problems] for _ in range(samples)]
 
 
 def ours(model, tokenizer, prompts, limit, seed, slots):
