@@ -111,7 +111,7 @@ class Config:
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "self: the current weights; base: the frozen starting weights", "paper: a frozen model")
     # evaluation and files
-    eval_every: int = setting(None, "slow steps between evaluations, beside those at the start, after a task and, where all fast phases come in a row, after each; 0: only those",
+    eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, at a task's end and, with gepa and the two orders, after a fast phase",
                               "ours: the cycle's length")
     eval_problems: int = setting(None, "problems in an evaluation; of the test problems twice as many", "ours by device")
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")

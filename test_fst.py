@@ -2348,7 +2348,7 @@ def test_distill_moves_towards_the_teacher(tiny_run):
     with torch.no_grad():
         wanted = score(run.model, prompted)[0]
         before = gap()
-    own = Context(teacher.system, (Example(rollouts[0].problem.question, "a", rollouts[0].problem.id),))              # its example of that very problem is left out
+    own = Context(teacher.system, (Example(rollouts[0].problem.question, "a"),))             # its example of that very problem is left out
     row = run.distill(rollouts, [own if r.problem == rollouts[0].problem else teacher for r in rollouts])
     assert row["loss"] == pytest.approx(before, rel=1e-4)
     with torch.no_grad():
