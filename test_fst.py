@@ -1914,8 +1914,9 @@ def test_the_two_by_two(tiny_run):
     assert list(fst.GAINS) == [f"{key}mean" for key in ("base_seed_", "seed_", "base_", "")]
     assert list(fst.GAINS.values()) == ["neither", "weights alone", "prompt alone", "both"]
     made_up = row | {f"{key}{how}": (i + n) / 100 for i, key in enumerate(keys) for how, n in (("greedy", 10), ("mean", 20))}
-    cells = [re.findall(r"[\d.]+%", line) for line in fst.table(made_up).splitlines()[2:]]
-    assert cells == [["10.0%", "20.0%", "11.0%", "21.0%"], ["12.0%", "22.0%", "13.0%", "23.0%"]]
+    made_up |= {"greedy_interval": [0.3, 0.4], "mean_interval": [0.5, 0.6]}
+    cells = [re.findall(r"[\d.]+%", line)[-4:] for line in fst.table(made_up).splitlines()[2:]]
+    assert cells == [["10.0%", "20.0%", "11.0%", "21.0%"], ["12.0%", "22.0%", "13.0%", "23.0%"], ["30.0%", "40.0%", "50.0%", "60.0%"]]
 
 
 def test_the_last_cycle_may_be_shorter(tiny_run):
