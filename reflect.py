@@ -110,7 +110,7 @@ class Population:
         once = {c["id"]: Candidate.from_json(c) for c in row["candidates"]}     # a prompt may be there twice
         population.candidates = [once[c["id"]] for c in row["candidates"]]
         population.proposed, population.operators = row["proposed"], population.operators | row["operators"]
-        population.solutions = {p: {source: Example(**example) for source, example in known.items()}
+        population.solutions = {p: {source: Example(e["question"], e["answer"]) for source, e in known.items()}
                                 for p, known in row.get("solutions", {}).items()}
         return population
 
@@ -373,13 +373,13 @@ class Search:
         if rollout.reward < 1:
             told = rollout.feedback
             if problem.solution and problem.solution in told:
-                self.solutions[problem.id].setdefault("reference", Example(problem.question, problem.solution, problem.id))
+                self.solutions[problem.id].setdefault("reference", Example(problem.question, problem.solution))
                 told = told.replace(problem.solution, "")
             self.feedback[problem.id].append(told)
         elif rollout.stopped and not MARKUP.search(text := printable(rollout.text)):
-            self.solutions[problem.id]["own"] = Example(problem.question, text.strip(), problem.id)
+            self.solutions[problem.id]["own"] = Example(problem.question, text.strip())
         if problem.id in self.bare and (text := own_working(rollout)):
-            self.solutions[problem.id]["reference"] = Example(problem.question, text, problem.id)
+            self.solutions[problem.id]["reference"] = Example(problem.question, text)
 
     def unasked(self, candidate, problems):
         return [p for p in candidate.scorers(problems) if p.id not in candidate.scores[self.step]]

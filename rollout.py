@@ -50,7 +50,6 @@ class Grade:
 class Example:
     question: str
     answer: str
-    problem_id: str = ""    # where it is known, as of what the search draws
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,14 @@ class Context:
         return tuple(tokenizer.chat(self.messages(question)))
 
     def without(self, problem):
-        """This context less the examples made of that problem: of its question, as a person's examples have no ids, and those of a
-        file's lines move when it grows."""
+        """This context less the examples made of that problem, which its question tells."""
         return Context(self.system, tuple(e for e in self.examples if e.question != problem.question))
 
     @staticmethod
     def from_json(row):
-        """{"system": ..., "examples": [{"question": ..., "answer": ..., "problem_id": ...}, ...]} -> Context; the examples, and each
-        one's problem_id, may be missing. Whatever else it holds is passed over; what is no text raises."""
-        context = Context(row["system"], tuple(Example(**e) for e in row.get("examples", ())))
+        """{"system": ..., "examples": [{"question": ..., "answer": ...}, ...]} -> Context; the examples may be missing. Whatever else it
+        holds is passed over; what is no text raises."""
+        context = Context(row["system"], tuple(Example(e["question"], e["answer"]) for e in row.get("examples", ())))
         if not all(isinstance(text, str) for text in (context.system, *(t for e in context.examples for t in vars(e).values()))):
             raise ValueError("not a text")
         return context

@@ -859,7 +859,7 @@ def test_problems_are_the_same_in_every_process_and_version(hash_seed):
 
 
 def test_context_messages():
-    context = Context("Be brief.", (Example("1 + 1?", "#### 2", "a"), Example("1 + 2?", "#### 3", "b")))
+    context = Context("Be brief.", (Example("1 + 1?", "#### 2"), Example("1 + 2?", "#### 3")))
     assert [tuple(turn.values()) for turn in context.messages("2 + 2?")] == [
         ("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "#### 2"), ("user", "1 + 2?"),
         ("assistant", "#### 3"), ("user", "2 + 2?")]
@@ -889,14 +889,14 @@ def test_a_seed_prompt_in_json():
     for text in ("Answer.", "", "42", "[1]", '"quoted"', "{question}", "{", "[" * 100_000):
         assert rollout.read_context(text) == Context(text)
     examples = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4", "problem_id": "sums/train/1"}]
-    context = Context("Add.", (Example("1 + 1?", "#### 2", ""), Example("2 + 2?", "#### 4", "sums/train/1")))
+    context = Context("Add.", (Example("1 + 1?", "#### 2"), Example("2 + 2?", "#### 4")))
     seed = {"system": "Add.", "examples": examples}
     assert get_task("arithmetic", seed_prompt=json.dumps(seed)).seed_context == context
     assert rollout.read_context('{"system": "Add."}') == Context("Add.")
     population = Population([context, Context("another")])
     assert rollout.read_context(json.dumps(population.to_json())) == context                # the best of a run's prompts
     for wrong in ({}, {"sytem": "Add."}, {"system": 1}, seed | {"examples": "none"}, seed | {"examples": [{"question": "1 + 1?"}]},
-                  seed | {"examples": [examples[0] | {"answer": 2}]}, seed | {"examples": [examples[0] | {"more": ""}]}, {"candidates": []}):
+                  seed | {"examples": [examples[0] | {"answer": 2}]}, {"candidates": []}):
         with pytest.raises(ValueError, match="a seed prompt in JSON must be"):
             rollout.read_context(json.dumps(wrong))
 
@@ -2017,7 +2017,7 @@ def test_the_longest_question_fits_under_the_longest_prompt(tiny_run):
 def test_a_prompt_that_no_anchor_may_score(tiny_run):
     """All of the cycle's problems are among its examples: it has no mean, and the run goes on."""
     run = tiny_run("--prompts", 1)
-    everything = tuple(Example(p.question, "#### 1", p.id) for p in run.tasks[0].problems("train"))
+    everything = tuple(Example(p.question, "#### 1") for p in run.tasks[0].problems("train"))
     run.population = Population([Context("", everything)])
     row = run.fast(0, 0)
     assert "best" not in row and row["kept"] == [0] and "0 rollouts; kept [0]" in fst.describe(row)
@@ -2242,7 +2242,7 @@ def test_each_row_is_trained_under_its_own_prompt(tiny_run):
     the next step on the same problems draws anew."""
     run = tiny_run("--method", "fst", "--group", 4)
     problems = run.batch(0, 0)
-    own = Context("two", (Example(problems[0].question, "copy me", problems[0].id), Example("q", "a", "other")))
+    own = Context("two", (Example(problems[0].question, "copy me"), Example("q", "a")))
     run.population = reflect.Population([Context("one"), own])
     seen, rewarded = [], []
     run.reinforce = lambda rollouts, rewards: (seen.extend(rollouts), rewarded.append(rewards)) and {}
@@ -2252,7 +2252,7 @@ def test_each_row_is_trained_under_its_own_prompt(tiny_run):
     assert row["flat"] == pytest.approx(sum(len(set(group)) == 1 for group in groups) / 3) and 0 < row["reward"] < 1
     assert row["finished"] == sum(r.stopped for r in seen) / 12 and row["slow_tokens"] == 12 * row["length"] == sum(len(r.tokens) for r in seen)
     assert [(r.problem.id, r.context.system) for r in seen] == [(p.id, s) for p in problems for s in ("one", "one", "two", "two")]
-    assert all(r.problem.id not in {e.problem_id for e in r.context.examples} for r in seen)
+    assert all(r.problem.question not in {e.question for e in r.context.examples} for r in seen)
     assert len(seen[2].context.examples) == 1 and len(seen[6].context.examples) == 2
     assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in seen)
     kept = fst.read_rows(run.folder / "rollouts.jsonl")
@@ -2820,7 +2820,7 @@ def test_a_model_that_ends_no_answer_is_refused(tmp_path, capsys):
 def test_a_run_begins_with_anothers_prompt(tmp_path):
     """--model RUN/checkpoint --seed-prompt RUN/checkpoint/prompts.json: the same prompt, with its examples, on the same weights. The
     examples are turns of the chat, in training and in evaluations."""
-    context = Context("Answer.", (Example("What is 7 + 9?", "It is even.\n#### 0", ""),))
+    context = Context("Answer.", (Example("What is 7 + 9?", "It is even.\n#### 0"),))
     (tmp_path / "seed.json").write_text(json.dumps(dataclasses.asdict(context)))
     asked, ask = [], rollout.ask
     with pytest.MonkeyPatch.context() as patch:
@@ -3321,7 +3321,7 @@ def test_the_real_model_learns(tmp_path):
     config, _ = fst.parse(["--prompts", "1", "--model", "smollm2-135m", "--device", "cpu", "--dtype", "bfloat16", "--batch", "8", "--group", "8",
                            "--steps", "5", "--kl", "0", "--max-new-tokens", "32", "--warmup", "0", "--lr", "5e-5", "--out", str(tmp_path / "run")])
     run = fst.Run(fst.open_run(config, False)[0])
-    examples = tuple(Example(p.question, p.solution, p.id) for p in run.tasks[0].problems("train")[-6:])
+    examples = tuple(Example(p.question, p.solution) for p in run.tasks[0].problems("train")[-6:])
     run.population = reflect.Population([Context(run.tasks[0].seed_prompt, examples)])
     before = run.evaluate(0, "val", 48)
     rows = [run.slow(0, step) for step in range(5)]
@@ -3469,7 +3469,7 @@ def test_a_few_shot_prompt_is_drawn_at_random(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import fewshot
     task, (_, tokenizer) = get_task("arithmetic"), load(tmp_path)
-    solutions = {p.id: Example(p.question, p.solution, p.id) for p in task.problems("train")}
+    solutions = {p.question: Example(p.question, p.solution) for p in task.problems("train")}
 
     def draw(*flags):
         monkeypatch.setattr(sys, "argv", ["fewshot.py", "arithmetic", "--model", str(tmp_path), "--prompt-tokens", "900", *flags])
@@ -3479,12 +3479,12 @@ def test_a_few_shot_prompt_is_drawn_at_random(tmp_path, capsys, monkeypatch):
     contexts = [draw("--seed", str(seed)) for seed in range(3)]
     for context in contexts:
         assert context.system == task.seed_prompt and len(context.examples) > 1
-        assert all(e == solutions[e.problem_id] for e in context.examples)
+        assert all(e == solutions[e.question] for e in context.examples)
         assert len(tokenizer.chat(context.messages(""))) <= 900
     assert len(set(contexts)) == 3 and draw("--seed", "1") == contexts[1]
     brief = draw("--seed", "1", "--brief")
-    assert all(e.problem_id.startswith("arithmetic-2/") for e in draw("--level", "2").examples)
-    assert len(brief.examples) > len(contexts[1].examples) and all(e.answer == solutions[e.problem_id].answer.splitlines()[-1] for e in brief.examples)
+    assert {e.question for e in draw("--level", "2").examples} <= {p.question for p in get_task("arithmetic", 2).problems("train")}
+    assert len(brief.examples) > len(contexts[1].examples) and all(e.answer == solutions[e.question].answer.splitlines()[-1] for e in brief.examples)
 
 
 @pytest.mark.parametrize("change", ["per-prompt", "random-reward", "no-reuse", "no-solutions"])
@@ -3597,6 +3597,11 @@ def test_table_of_the_operators_proposals(tmp_path):
 FORMAT = "The response must end in a line with hashes and the number."
 
 
+def made_of(example):
+    """The id of the problem, of `problems`, that an example shows."""
+    return re.sub(r"Box (\d+) of the (\w+) pile .*", r"\2/\1", example.question)
+
+
 def chance(*key):
     return random.Random(repr(key)).random()
 
@@ -3615,7 +3620,7 @@ class Model:
         self.rollouts, self.chats = [], []
 
     def accuracy(self, context):
-        gain = sum(self.example + self.quality * (2 * chance(e.problem_id) - 1) for e in context.examples[:8])
+        gain = sum(self.example + self.quality * (2 * chance(made_of(e)) - 1) for e in context.examples[:8])
         return min(1.0, max(0.0, self.base + gain + self.lesson * (FORMAT in context.system) + 0.3 * ("carefully" in context.system)))
 
     def ask(self, jobs, seed):
@@ -3829,7 +3834,7 @@ def test_the_budget_is_never_overrun_and_exactly_k_are_kept(n, keep, budget):
         assert spent == len(model.rollouts) <= budget and len(population.contexts) == keep
         assert len({c.id for c in everyone}) == len(everyone)
         for c in everyone:      # one row of scores, of these weights, none by a problem among its own examples
-            assert set(c.scores) <= {cycle} and not {e.problem_id for e in c.context.examples} & set(c.scores[cycle])
+            assert set(c.scores) <= {cycle} and not set(map(made_of, c.context.examples)) & set(c.scores[cycle])
         first = {}              # a score is the first answer's: a parent is asked again what it failed, a child never
         for r in model.rollouts:
             first.setdefault((r.context, r.problem.id), r.reward)
@@ -3931,7 +3936,7 @@ def test_a_lucky_failure_throws_nobody_out():
 
 
 def test_slow_rollouts_at_the_same_weights_count():
-    population = Population([Context("You are a helpful assistant.", (Example(problems(1)[0].question, "a", "train/0"),))])
+    population = Population([Context("You are a helpful assistant.", (Example(problems(1)[0].question, "a"),))])
     anchors, model = problems(12), Model(base=0.5)
     winner = population.candidates[0]
     context = winner.context
@@ -4019,7 +4024,7 @@ def test_what_is_known_of_problems_that_come_again_stays_known():
         population, _, _ = run(model, seed, keep=2)
         wrong = {r.problem.id for r in model.rollouts if not r.reward}
         assert {p for p, known in population.solutions.items() if "reference" in known} == wrong
-        assert all(known["reference"] == Example(p.question, p.solution, p.id) for p in problems(48) if p.id in wrong
+        assert all(known["reference"] == Example(p.question, p.solution) for p in problems(48) if p.id in wrong
                    for known in [population.solutions[p.id]])
         again = Population.from_json(json.loads(json.dumps(population.to_json())))
         assert again.solutions == population.solutions
@@ -4162,10 +4167,10 @@ def test_examples_are_solutions_that_were_told_or_verified():
     population, everyone, _ = run(model, 0)
     by_id = {p.id: p for p in problems(48)}
     for c in everyone:
-        ids = [e.problem_id for e in c.context.examples]
+        ids = list(map(made_of, c.context.examples))
         assert len(ids) == len(set(ids)) and count(c.context) <= 1024
         for e in c.context.examples:
-            problem = by_id[e.problem_id]
+            problem = by_id[made_of(e)]
             assert e.question == problem.question and e.answer in (problem.solution, f"#### {problem.answer}")
     assert {c.operator for c in everyone if any(e.answer.startswith("#") for e in c.context.examples)} >= {"brief"}
     tight, everyone, _ = run(Model(), 0, prompt_tokens=60)
@@ -4201,7 +4206,7 @@ def test_where_no_working_is_given_the_models_own_becomes_the_example():
     search.spend = lambda jobs: [search.record(c, told(p, "I do not know.")) for c, p in jobs]
     search.measure_carried()                              # no working so far: the probes' answers stand alone
     assert len(search.probes) == 12 and all(text == p.solution for p, text in search.probes)
-    assert {e.problem_id for e in search.example(Context(""), set()).examples} <= {p.id for p in plain} - {p.id for p, _ in search.probes}
+    assert set(map(made_of, search.example(Context(""), set()).examples)) <= {p.id for p in plain} - {p.id for p, _ in search.probes}
 
     writes = lambda p: f"The sum is {p.answer}." if p in plain[:5] else f"I count.\n#### {p.answer}" if p in plain[5:10] else "I do not know."
     search = reflect.Search(Population([Context("Be brief.")]), plain, None, None, lambda jobs: [0.0] * len(jobs), count, 240, 0, 0, 2000)
@@ -4210,28 +4215,27 @@ def test_where_no_working_is_given_the_models_own_becomes_the_example():
     working = {p.id: f"The sum is {p.answer}.\n#### {p.answer}" if p in plain[:5] else f"I count.\n#### {p.answer}" for p in plain[:10]}
     assert set(search.worked()) == set(working) and len(search.probes) == 3 and all(text == working[p.id] for p, text in search.probes)
     drawn = [search.example(Context(""), set()).examples for _ in range(60)]
-    assert {e.problem_id for examples in drawn for e in examples} == set(working) - {p.id for p, _ in search.probes}
-    assert all(e.answer == working[e.problem_id] for examples in drawn for e in examples)
+    assert {made_of(e) for examples in drawn for e in examples} == set(working) - {p.id for p, _ in search.probes}
+    assert all(e.answer == working[made_of(e)] for examples in drawn for e in examples)
     drawn = {e for _ in range(60) for e in search.brief(Context(""), set()).examples}
-    assert len(drawn) == 45 and all(e.answer == f"#### {p.answer}" for p in plain for e in drawn if e.problem_id == p.id)
+    assert len(drawn) == 45 and all(e.answer == f"#### {p.answer}" for p in plain for e in drawn if made_of(e) == p.id)
 
 
-def test_an_example_without_an_id_never_scores_its_own_problem(tiny):
-    """As of a person's seed prompt, or of a file that has grown, whose ids have moved: the question tells."""
+def test_an_example_never_scores_its_own_problem(tiny):
+    """The question tells, as a person's examples have no ids, and those of a file's lines move when it grows."""
     ours, tokenizer, _ = tiny
     some = problems(6)
-    for ids in (["", "", ""], [p.id for p in some[3:]]):
-        context = Context("Be brief.", tuple(Example(p.question, p.solution, i) for p, i in zip(some, ids)))
-        assert reflect.Candidate(0, context).scorers(some) == some[3:]
-        for problem in some:
-            assert context.without(problem).examples == tuple(e for e in context.examples if e.question != problem.question)
-        asked = rollout.ask(Sampler(ours, tokenizer), Echo(), [(context, problem) for problem in some], 2)
-        for problem, r in zip(some, asked):
-            assert tokenizer.decode(list(r.prompt)).count(problem.question) == 1 and r.context == context.without(problem)
+    context = Context("Be brief.", tuple(Example(p.question, p.solution) for p in some[:3]))
+    assert reflect.Candidate(0, context).scorers(some) == some[3:]
+    for problem in some:
+        assert context.without(problem).examples == tuple(e for e in context.examples if e.question != problem.question)
+    asked = rollout.ask(Sampler(ours, tokenizer), Echo(), [(context, problem) for problem in some], 2)
+    for problem, r in zip(some, asked):
+        assert tokenizer.decode(list(r.prompt)).count(problem.question) == 1 and r.context == context.without(problem)
 
 
-def test_a_search_from_examples_without_ids():
-    """As of a person's JSON: none is asked what it shows, nor has a probe in it (Model checks), on anchors that hold the examples' problems."""
+def test_a_search_from_a_persons_examples():
+    """None is asked what it shows, nor has a probe in it (Model checks), on anchors that hold the examples' problems."""
     for seed in range(12):
         population = Population([Context("Seed.", tuple(Example(p.question, p.solution) for p in problems(3)))])
         for cycle in range(3):
@@ -4263,8 +4267,8 @@ def test_a_tasks_own_rows():
 
 def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
     search = searching("")
-    pool = [Example(p.question, "word " * (1 + i), p.id) for i, p in enumerate(problems(48))]
-    search.solutions = {e.problem_id: {"reference": e} for e in pool}
+    pool = [Example(p.question, "word " * (1 + i)) for i, p in enumerate(problems(48))]
+    search.solutions = {made_of(e): {"reference": e} for e in pool}
     for _ in range(50):                                   # what is left out does not fit any more
         drawn = search.rng.sample(pool, search.rng.randint(0, 20))
         kept = search.fit("Be brief.", drawn)
@@ -4273,7 +4277,7 @@ def test_drafts_fill_the_limit_and_do_not_prefer_short_examples():
     long, short = pool[40], pool[3]                       # in the order given, what does not fit is passed over
     assert reflect.fill("", [short, long, pool[5], pool[0]], count, count(Context("", (short, pool[5], pool[0])))).examples == (short, pool[5], pool[0])
     # of examples of two words and of ten times as many, room for five of the long: the long come first as often as the short
-    mixed = [Example(p.question, "word " * (2 if i % 2 else 20), p.id) for i, p in enumerate(problems(20))]
+    mixed = [Example(p.question, "word " * (2 if i % 2 else 20)) for i, p in enumerate(problems(20))]
     search.prompt_tokens = count(Context("", tuple(mixed[:10:2])))
     first = Counter(search.fit("", mixed).examples[0].answer for _ in range(400))
     assert 160 < first["word " * 20] < 240                # 4 standard deviations around 200
@@ -4287,23 +4291,23 @@ def test_brief_examples_have_their_answers_alone():
     """Of the problems that `example` might take, each answer one that the task calls right. Of a prompt of either wording, or of both,
     `brief` makes brief ones, and `example` gives those their working back whose solution is known."""
     search, known = searching("", prompt_tokens=2000), {p.id: p for p in problems(24)}
-    whole = [Example(p.question, p.solution, p.id) for p in known.values()]
-    cut = [Example(p.question, f"#### {p.answer}", p.id) for p in known.values()]
-    search.solutions = {e.problem_id: {"reference": e} for e in whole[:-1]}               # not that of the last
+    whole = [Example(p.question, p.solution) for p in known.values()]
+    cut = [Example(p.question, f"#### {p.answer}") for p in known.values()]
+    search.solutions = {made_of(e): {"reference": e} for e in whole[:-1]}               # not that of the last
     sizes = {search.brief: set(), search.example: set()}
     for _ in range(100):
         for old in ((), whole[:6], cut[:6], (*whole[:3], *cut[3:6]), (*cut[:6], cut[-1])):
             for operator, allowed in ((search.brief, cut), (search.example, [*whole[:-1], cut[-1]])):
                 examples = operator(Context("", tuple(old)), {known[id].question for id in ("train/6", "train/7")}).examples
                 sizes[operator].add(len(examples))
-                assert set(examples) <= set(allowed) and not {"train/6", "train/7"} & {e.problem_id for e in examples}
+                assert set(examples) <= set(allowed) and not {"train/6", "train/7"} & set(map(made_of, examples))
                 assert cut[-1] not in examples or cut[-1] in old
     assert all(min(counts) <= 3 and max(counts) == 22 for counts in sizes.values())
     for task in map(get_task, ("arithmetic", "star", "codeio")):
         for p in task.problems("train")[:30]:
-            cut = reflect.answer_alone(Example(p.question, p.solution, p.id))
+            cut = reflect.answer_alone(Example(p.question, p.solution))
             assert "\n" not in cut.answer and task.grade(p, cut.answer, True).reward == 1 and reflect.answer_alone(cut) == cut
-    unmarked = Example("Where?", "Here.", "a")
+    unmarked = Example("Where?", "Here.")
     assert reflect.answer_alone(unmarked) == unmarked
 
 
@@ -4424,7 +4428,7 @@ def searched(task, seeds):
     return [({e == reflect.answer_alone(e) for e in context.examples}, truth(context)[1]) for context in winners]
 
 
-@pytest.mark.parametrize("task, found, least", [("arithmetic", False, 100), ("star", True, 99)])
+@pytest.mark.parametrize("task, found, least", [("arithmetic", False, 100), ("star", True, 97)])
 def test_the_wording_that_solves_more_is_found(task, found, least):
     """From nothing right, though the other has more answers in form (arithmetic), or makes solutions likelier (star)."""
     assert [wordings for wordings, _ in searched(task, 100)].count({found}) >= least
@@ -4490,7 +4494,7 @@ def test_a_parent_that_solved_its_minibatch_proposes_nothing():
 def test_the_place_of_a_rejected_rewrite_goes_to_another_operator():
     search = searching("Be brief.")
     search.probes, (parent,) = [], search.candidates
-    search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(24)}
+    search.solutions = {p.id: {"reference": Example(p.question, p.solution)} for p in problems(24)}
     search.write = lambda chats, seed: [("no fence", True)] * len(chats)
     places = iter(["rewrite", "rewrite", "rewrite", "example"])              # what is drawn for the round, then for the three places
     search.draw_operator = lambda operators: "example" if "rewrite" not in operators else next(places)
@@ -4543,7 +4547,7 @@ def test_what_failed_at_the_gate_cannot_lead():
 
 def test_half_of_the_drafts_ask_for_all_that_fit_and_none_is_a_mere_reordering():
     search = searching("", prompt_tokens=100_000)
-    search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(40)}
+    search.solutions = {p.id: {"reference": Example(p.question, p.solution)} for p in problems(40)}
     sizes = Counter(len(search.example(Context(""), set()).examples) for _ in range(400))
     assert sizes.keys() == {2, 8, 40} and 160 < sizes[40] < 240          # 4 standard deviations around 200
     old = Context("", tuple(solutions["reference"] for solutions in list(search.solutions.values())[:6]))
@@ -4556,7 +4560,7 @@ def test_an_operator_that_has_nothing_new_to_propose_is_charged_for_it():
     search = searching("Be brief.")
     parent = search.candidates[0]
     assert search.offspring("merge", parent, set(), 3) == search.offspring("lesson", parent, set(), 2) == []
-    search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(2)}
+    search.solutions = {p.id: {"reference": Example(p.question, p.solution)} for p in problems(2)}
     children = search.offspring("example", parent, set(), 40)                    # there are but three sets of two examples
     assert 0 < len(children) <= 3
     charged = {name: failures for name, (_, failures) in search.population.operators.items()}
@@ -4582,7 +4586,7 @@ def test_a_merge_takes_two_prompts():
     _, everyone, _ = run(Model(), 0, budget=48 + 3 * 9 + 48)
     assert {c.operator for c in everyone} >= {"lesson", "example", "brief"}
     search = searching("")
-    search.solutions = {p.id: {"reference": Example(p.question, p.solution, p.id)} for p in problems(24)}
+    search.solutions = {p.id: {"reference": Example(p.question, p.solution)} for p in problems(24)}
     search.probes, (parent,), drawn = [], search.candidates, []
     search.draw_operator = lambda operators: drawn.append(operators) or "example"
     search.population.operators = {name: [1, 1] for name in reflect.OPERATORS}
@@ -4600,7 +4604,7 @@ def test_a_merge_takes_two_prompts():
 def test_a_lesson_makes_room_for_itself():
     """Under examples that fill the limit: one of them goes, the others stay in their order."""
     search = searching("")
-    examples = tuple(Example(p.question, p.solution, p.id) for p in problems(12))
+    examples = tuple(Example(p.question, p.solution) for p in problems(12))
     full = reflect.fill("", examples, count, 200)
     search.sentences, search.prompt_tokens = [FORMAT], count(full)
     child = search.lesson(full, set())

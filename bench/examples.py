@@ -57,7 +57,7 @@ def main():
             start, contexts = time.perf_counter(), []
             for draw in range(options.draws):             # the same draws in all orders and wordings
                 rng = random.Random(f"{drawn} {draw}")
-                examples = [Example(p.question, p.solution, p.id) for p in rng.sample(task.problems("train"), drawn)]
+                examples = [Example(p.question, p.solution) for p in rng.sample(task.problems("train"), drawn)]
                 if wording == "brief":
                     examples = list(map(answer_alone, examples))
                 if order != "random":

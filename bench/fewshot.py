@@ -30,7 +30,7 @@ def main():
     options = parser.parse_args()
     task, (_, tokenizer) = get_task(options.task, options.level), load(options.model)
     drawn = random.Random(f"few-shot {options.seed}").sample(task.problems("train"), options.drawn)
-    examples = [Example(p.question, p.solution, p.id) for p in drawn]
+    examples = [Example(p.question, p.solution) for p in drawn]
     examples = [answer_alone(e) for e in examples] if options.brief else examples
     context = fill(task.seed_prompt, examples, lambda context: len(context.prompt(tokenizer)), options.prompt_tokens)
     print(json.dumps(dataclasses.asdict(context), indent=1))

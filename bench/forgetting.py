@@ -25,7 +25,7 @@ from sampler import record                                                # noqa
 def measure(model, base, tokenizer, task, prompt, options):
     draw = random.Random(f"forgetting {task.name}")
     shown = draw.sample(task.problems("train"), options.examples)
-    context = Context(task.seed_prompt, tuple(Example(p.question, p.solution, p.id) for p in shown))
+    context = Context(task.seed_prompt, tuple(Example(p.question, p.solution) for p in shown))
     context = read_context(prompt.read_text(encoding="utf-8")) if prompt else context
     problems = draw.sample(task.problems("val"), options.problems)
     answers, = examine(Sampler(model, tokenizer), task, [context], problems, 1, options.max_new_tokens)

@@ -123,7 +123,7 @@ def measure(task, name, seed, options):
            cycles=options.cycles, split=options.split, budget=int(resolved.passes * resolved.batch) * resolved.steps, max_new_tokens=resolved.max_new_tokens,
            reflection_tokens=resolved.reflection_tokens, seconds=seconds, **spent, **row,
            prompt=context.system if isinstance(run.tasks[0], Generated) else "not kept: it may quote the data",
-           prompt_tokens=run.count_tokens(context), examples=[e.problem_id for e in context.examples])
+           prompt_tokens=run.count_tokens(context), examples=len(context.examples))
 
 
 def main():
