@@ -30,7 +30,7 @@ OVERVIEW = {    # what the data give -> lines of README's figure: (group, method
         ("arithmetic", "fst", "fst"), ("arithmetic", "rl", "rl"), ("arithmetic-fewshot", "fst", "fst, six random solutions in its seed prompt"),
         ("arithmetic-fewshot", "rl", "rl, six random solutions in its prompt")],
     "arithmetic, only answers given": [
-        ("arithmetic-no-solutions", "fst", "fst"), ("arithmetic-fewshot-no-solutions", "rl", "rl, eight random answers in its prompt")]}
+        ("arithmetic-no-solutions", "fst", "fst"), ("arithmetic-fewshot-no-solutions", "rl", "rl, seven or eight random answers in its prompt")]}
 
 
 def overview(results):
