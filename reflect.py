@@ -110,7 +110,7 @@ class Population:
         once = {c["id"]: Candidate.from_json(c) for c in row["candidates"]}     # a prompt may be there twice
         population.candidates = [once[c["id"]] for c in row["candidates"]]
         population.proposed, population.operators = row["proposed"], population.operators | row["operators"]
-        population.solutions = {p: {source: Example(e["question"], e["answer"]) for source, e in known.items()}
+        population.solutions = {p: {source: Example.from_json(e) for source, e in known.items()}
                                 for p, known in row.get("solutions", {}).items()}
         return population
 

@@ -51,6 +51,10 @@ class Example:
     question: str
     answer: str
 
+    @staticmethod
+    def from_json(row):
+        return Example(**{key: text for key, text in row.items() if key != "problem_id"})      # which prompts of older runs have
+
 
 @dataclass(frozen=True)
 class Context:
@@ -76,9 +80,9 @@ class Context:
 
     @staticmethod
     def from_json(row):
-        """{"system": ..., "examples": [{"question": ..., "answer": ...}, ...]} -> Context; the examples may be missing. Whatever else it
-        holds is passed over; what is no text raises."""
-        context = Context(row["system"], tuple(Example(e["question"], e["answer"]) for e in row.get("examples", ())))
+        """{"system": ..., "examples": [{"question": ..., "answer": ...}, ...]} -> Context; the examples may be missing. What the row
+        holds beside them is passed over; what an example does, or what is no text, raises."""
+        context = Context(row["system"], tuple(map(Example.from_json, row.get("examples", ()))))
         if not all(isinstance(text, str) for text in (context.system, *(t for e in context.examples for t in vars(e).values()))):
             raise ValueError("not a text")
         return context

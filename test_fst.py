@@ -896,7 +896,7 @@ def test_a_seed_prompt_in_json():
     population = Population([context, Context("another")])
     assert rollout.read_context(json.dumps(population.to_json())) == context                # the best of a run's prompts
     for wrong in ({}, {"sytem": "Add."}, {"system": 1}, seed | {"examples": "none"}, seed | {"examples": [{"question": "1 + 1?"}]},
-                  seed | {"examples": [examples[0] | {"answer": 2}]}, {"candidates": []}):
+                  seed | {"examples": [examples[0] | {"answer": 2}]}, seed | {"examples": [examples[0] | {"more": ""}]}, {"candidates": []}):
         with pytest.raises(ValueError, match="a seed prompt in JSON must be"):
             rollout.read_context(json.dumps(wrong))
 
@@ -3603,7 +3603,8 @@ def made_of(example):
 
 
 def chance(*key):
-    return random.Random(repr(key)).random()
+    # with the id that examples had when the bounds of the tests below were measured: the same draws as then
+    return random.Random(re.sub(r"(Example\(question='Box (\d+) of the (\w+) pile [^']*', answer='[^']*')", r"\1, problem_id='\3/\2'", repr(key))).random()
 
 
 def problems(n, split="train"):
@@ -4428,7 +4429,7 @@ def searched(task, seeds):
     return [({e == reflect.answer_alone(e) for e in context.examples}, truth(context)[1]) for context in winners]
 
 
-@pytest.mark.parametrize("task, found, least", [("arithmetic", False, 100), ("star", True, 97)])
+@pytest.mark.parametrize("task, found, least", [("arithmetic", False, 100), ("star", True, 99)])
 def test_the_wording_that_solves_more_is_found(task, found, least):
     """From nothing right, though the other has more answers in form (arithmetic), or makes solutions likelier (star)."""
     assert [wordings for wordings, _ in searched(task, 100)].count({found}) >= least

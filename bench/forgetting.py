@@ -1,7 +1,8 @@
 """
-What training on one task did to others: accuracy of runs' base and trained weights on tasks that they never saw, or have left, under worked
-examples that nobody evolved, the same for all, or under given prompts; and how far the trained weights moved there, as KL to the base on their own answers. Intervals are
-Wilson's over problems. One row per (run, task) goes to results/bench_forgetting.jsonl, and one per task for the base.
+What training on one task did to others: accuracy of runs' base and trained weights on tasks that they never saw, or have left, under
+worked examples that nobody evolved, the same for all, or under given prompts; and how far the trained weights moved there, as KL to the
+base on their own answers. Intervals are Wilson's over problems. One row per (run, task) goes to results/bench_forgetting.jsonl, and one
+per task for the base.
 
     python bench/forgetting.py runs/compare/arithmetic/*-0
 """
