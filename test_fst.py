@@ -3531,6 +3531,27 @@ def test_supervised_fine_tuning_teaches_the_reference_solutions(tiny_run, monkey
     assert row["loss"] < 0.1 * -expected.mean().item()
 
 
+def test_self_taught_fine_tuning_is_on_what_led_to_the_right_answer(tiny_run, monkeypatch):
+    """bench/ablate.py self-taught: of six rollouts the two that arrive at the answer are taught, one of them twice sampled, with the answer
+    in its form below; the wrong one and the one without working are not. Without any nothing moves."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import ablate
+    run = tiny_run("--method", "rl")
+    first, *_ = sampled(run)
+    answer = first.problem.answer
+    texts = [f"In all there are {answer} of them.", f"It is 1 and 1.\n#### {answer}", f"#### {answer}", "In all there are 99999 of them."]
+    wrote = [dataclasses.replace(first, text=text, stopped=True, reward=float("#" in text)) for text in [texts[0], *texts]]
+    ablate.CHANGES["self-taught"](run)
+    taught = [f"{texts[0]}\n#### {answer}", texts[1]]
+    rows = [(first.prompt, [*run.tokenizer.encode(text), run.tokenizer.turn_end]) for text in taught]
+    expected = torch.cat([score(run.model, [row])[0].detach() for row in rows])
+    row = run.reinforce(wrote, None)
+    assert row["trained_rows"] == 2 and row["loss"] == pytest.approx(-expected.mean().item(), rel=1e-4)
+    before = [p.clone() for p in run.model.parameters()]
+    assert run.reinforce(wrote[3:], None) == {"trained_rows": 0, "updates": 1}
+    assert all(map(torch.equal, before, run.model.parameters()))
+
+
 def test_table_of_the_peers(tmp_path):
     """A measurement made again counts once; seeds are put together, by their problems; other limits and splits kept apart; a difference is taken problem
     by problem, where all have their answers."""

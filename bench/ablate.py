@@ -9,16 +9,20 @@ fst.py with one thing changed that is no flag of it: an ablation. All flags are 
   no-solutions    of each problem only the answer is known: no feedback shows its working
   sft             supervised fine-tuning: a slow step raises the likelihood of its problems' reference solutions instead of the reward;
                   rollouts are sampled for the log alone
+  self-taught     the same on what the rollouts themselves wrote where that led to the right answer, with the answer in its form below
+                  it (`own_working` in reflect.py): STaR (arXiv 2203.14465) without its hints; a step without such a text moves nothing
 
     python bench/ablate.py per-prompt --task arithmetic --seed 1
 """
 import dataclasses
+import functools
 import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fst                                                                # noqa: E402
+from reflect import own_working                                           # noqa: E402
 
 
 def per_prompt(run):
@@ -51,10 +55,10 @@ def no_solutions(run):
         task.splits = {split: [dataclasses.replace(p, solution=f"#### {p.answer}") for p in problems] for split, problems in task.splits.items()}
 
 
-def sft(run):
+def sft(run, answer=lambda rollout: rollout.problem.solution):
     def supervised(rollouts, rewards):
-        solution = lambda r: run.tokenizer.turn(r.problem.solution)
-        taught = list({(r.problem, r.context): dataclasses.replace(r, tokens=solution(r)) for r in rollouts}.values())
+        texts = {(r.problem, r.context, text): r for r in rollouts if (text := answer(r)) is not None}    # each once
+        taught = [dataclasses.replace(r, tokens=run.tokenizer.turn(text)) for (*_, text), r in texts.items()]
         now = fst.score_all(run.model, [(r.prompt, r.tokens) for r in taught], 1.0, run.micro_batch)
         taught = [dataclasses.replace(r, logprobs=logprobs.tolist()) for r, logprobs in zip(taught, now)]
         total = sum(len(r.tokens) for r in taught)
@@ -63,7 +67,8 @@ def sft(run):
     run.reinforce = supervised
 
 
-CHANGES = {"per-prompt": per_prompt, "random-reward": random_reward, "no-reuse": no_reuse, "no-solutions": no_solutions, "sft": sft}
+CHANGES = {"per-prompt": per_prompt, "random-reward": random_reward, "no-reuse": no_reuse, "no-solutions": no_solutions, "sft": sft,
+           "self-taught": functools.partial(sft, answer=own_working)}
 
 
 class Changed(fst.Run):
