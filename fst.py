@@ -68,7 +68,7 @@ MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
 STATE = "state/state.safetensors"                         # in a run's folder
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = {"cispo": (0.0, None), "grpo": (0.8, 1.2), "dapo": (0.8, 1.28), "dr_grpo": (0.8, 1.2)}       # clip range; None: --cap
-CHOICES = {"method": METHODS, "loss": LOSSES, "reflector": ("self", "base"), "dtype": ("auto", "float32", "bfloat16")}
+CHOICES = {"method": METHODS, "loss": LOSSES, "dtype": ("auto", "float32", "bfloat16")}
 
 
 @dataclass
@@ -109,7 +109,8 @@ class Config:
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems: up to 2 only measure, 5 search", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device, task and method")
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
-    reflector: str = setting("self", "self: the current weights; base: the frozen starting weights", "paper: a frozen model")
+    reflector: str = setting("self", "who rewrites: self, the current weights; base, the frozen starting weights; or another model's name",
+                             "paper: another frozen model")
     # evaluation and files
     eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, at a task's end and, with gepa and the two orders, after a fast phase",
                               "ours: the cycle's length")
@@ -192,9 +193,13 @@ def resolve(config):
     return c
 
 
-def plan(c, m, weights, question=0, prompt=0):
-    """The memory of a run, m being the configuration of its model, which has so many weights; question, prompt: tokens of the longest
-    question and, in plain RL, seed prompt. Returns bytes by purpose, tokens of a micro-batch, slots.
+def count_weights(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def plan(c, m, weights, question=0, prompt=0, reflector=0):
+    """The memory of a run, m being the configuration of its model, which has so many weights, a reflector of its own so many; question,
+    prompt: tokens of the longest question and, in plain RL, seed prompt. Returns bytes by purpose, tokens of a micro-batch, slots.
     A given micro-batch and the slots are taken as they are; with auto, both are the most that keep to c.memory."""
     w, V, H, layers = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size, m.num_layers     # w: bytes of a weight
     question = max(question, QUESTION)
@@ -204,10 +209,10 @@ def plan(c, m, weights, question=0, prompt=0):
     s = 4 if m.qkv_bias else w                            # bytes of a query's, a key's and a score's number
     cached = (s + w) * layers * kv                        # keys and values of a token
     scores = 4 * s * m.num_heads * min(m.context_length, context + answer)     # of a token over all that it sees, a layer at a time
-    always = w * weights + trains * (w + 12) * weights    # the model and its base; fp32 masters and two moments
+    always = w * (weights + reflector) + trains * (w + 12) * weights     # the model, reflector and base; fp32 masters and two moments
     # sampling: oneDNN's copy of bf16 weights on a CPU; the contexts' keys and values; and for each row its keys and values, its
     # logits with two copies in fp32, and its question's scores in the prefill
-    packed = w * weights if c.device == "cpu" and w == 2 else 0
+    packed = w * max(weights, reflector) if c.device == "cpu" and w == 2 else 0
     contexts = cached * K * context
     row = cached * answer + (w + 8) * V + scores * question
     # training: gradients, those of the head and the embedding, and 128 rows of logits in fp32; and for each token what autograd
@@ -467,10 +472,18 @@ def room_for_prompts(c, tasks, tokenizer, context):
         raise ValueError(f"a seed prompt of {longest} tokens leaves none of --prompt-tokens {c.prompt_tokens} to evolve it in")
     if c.method != "rl" and longest > c.prompt_tokens / 2:
         say(f"note: the seed prompt takes {longest} of --prompt-tokens {c.prompt_tokens}, which leaves little room for examples")
-    if c.method != "rl" and c.reflection_tokens >= context:
-        raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the model's context of {context} "
-                         "to reflect on")
     return question, longest if c.method == "rl" else min(c.prompt_tokens, context - c.max_new_tokens - question)
+
+
+def load_reflector(c, *own):
+    """Who rewrites: (model, tokenizer, number of weights beyond the run's own). own: the first two for self and base."""
+    separate = c.method != "rl" and c.reflector not in ("self", "base")
+    reflector, tokenizer = load(c.reflector, c.device, getattr(torch, c.dtype)) if separate else own
+    if tokenizer.turn_end is None:
+        raise ValueError(f"{c.reflector} names no token that ends an answer: its tokenizer needs an eos_token")
+    if c.method != "rl" and c.reflection_tokens >= (context := reflector.config.context_length):
+        raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the reflector's context of {context} to reflect on")
+    return reflector, tokenizer, separate * count_weights(reflector)
 
 
 class Run:
@@ -485,7 +498,7 @@ class Run:
         self.tasks = tasks_of(c, trained)
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
-        question = self.prompt_tokens = 0
+        question = self.prompt_tokens = more = 0
         if not trained:
             question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context_length)
         weights = {} if trained else dict(self.model.named_parameters())
@@ -495,9 +508,12 @@ class Run:
         self.base = copy.deepcopy(self.model).requires_grad_(False) if learning else self.model
         if trained:
             self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
+        else:
+            *self.reflector, more = load_reflector(c, self.base if c.reflector == "base" else self.model, self.tokenizer)
+            if more:
+                self.origin[f"the reflector {c.reflector}"] = digest("", sorted(self.reflector[0].named_parameters()))
         self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
-        _, self.micro_batch, slots = plan(c, self.model.config, sum(p.numel() for p in self.model.parameters()), question,
-                                          self.prompt_tokens)
+        _, self.micro_batch, slots = plan(c, self.model.config, count_weights(self.model), question, self.prompt_tokens, more)
         self.sampler = Sampler(self.model, self.tokenizer, slots)
         self.done = 0                                     # phases behind us
         self.spent = {"slow_rollouts": 0, "fast_rollouts": 0, "slow_tokens": 0, "fast_tokens": 0}
@@ -659,7 +675,7 @@ class Run:
         c, start = self.config, time.perf_counter()
         anchors = [problem for step in steps_of(c, cycle) for problem in self.batch(task, step)]
         # A sampler of its own: its chats are the longest prompts of all, and when they run out of memory the answers keep their slots.
-        reflector = Sampler(self.model if c.reflector == "self" else self.base, self.tokenizer, self.sampler.slots)
+        reflector = Sampler(*self.reflector, self.sampler.slots)
 
         def ask_all(jobs, seed):
             rollouts = ask(self.sampler, self.tasks[task], jobs, c.max_new_tokens, c.temperature,
@@ -668,11 +684,11 @@ class Run:
             return rollouts
 
         def write(chats, seed):
-            room = self.model.config.context_length - c.reflection_tokens
-            prompts = [self.tokenizer.chat(chat)[-room:] for chat in chats]               # too long a chat loses its beginning
+            room = reflector.model.config.context_length - c.reflection_tokens
+            prompts = [reflector.tokenizer.chat(chat)[-room:] for chat in chats]          # too long a chat loses its beginning
             replies = reflector.generate(prompts, c.reflection_tokens, 1.0, (c.seed, task, REFLECT, cycle, seed), "reflect")
             self.spent["fast_tokens"] += sum(len(reply.tokens) for reply in replies)
-            return [(self.tokenizer.decode(reply.answer), reply.stopped) for reply in replies]
+            return [(reflector.tokenizer.decode(reply.answer), reply.stopped) for reply in replies]
 
         def likelihood(answers):
             rows = [(context.prompt(self.tokenizer, p.question), self.tokenizer.turn(text)) for context, p, text in answers]
@@ -1106,12 +1122,13 @@ def check(config):
     print(f"{'why this model':18} {c.why_model}")
     model, tokenizer = load(c.model)
     question, prompt = room_for_prompts(c, tasks, tokenizer, model.config.context_length)
-    weights, m = sum(p.numel() for p in model.parameters()), model.config
+    *_, more = load_reflector(c, model, tokenizer)
+    weights, m = count_weights(model), model.config
     phases = schedule(c)
     steps = sum(kind == "slow" for kind, _, _ in phases)
     slow = steps * c.batch * c.group
     fast = sum(int(c.passes * c.batch * len(steps_of(c, i))) for kind, _, i in phases if kind == "fast")
-    parts, micro_batch, slots = plan(c, m, weights, question, prompt)
+    parts, micro_batch, slots = plan(c, m, weights, question, prompt, more)
     print(f"\n{slow} slow rollouts, at most {fast} fast ones, and the evaluations', of at most {c.max_new_tokens} tokens each")
     print(f"micro-batches of {micro_batch:,} tokens, {slots} slots; memory in GB, without the libraries' own:")
     print("  " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))

@@ -2047,6 +2047,51 @@ def test_what_a_fast_phase_gives_to_the_search(tiny_run, monkeypatch):
     assert given["likelihood"]([(*job, "#### 1") for job in jobs]) == pytest.approx(want, abs=1e-4)
 
 
+def test_another_model_writes_the_rewrites(tmp_path, tiny_run, monkeypatch, capsys):
+    """--reflector MODEL: with its own tokenizer, chat template and context; planned for; not loaded where nothing is evolved, and the same
+    when the run is resumed."""
+    writer = tmp_path / "writer"
+    proposed = []
+    for reflector, out in (("base", "one"), (tmp_path / "model", "other")):     # the same weights, read once more
+        run = tiny_run("--reflector", reflector, out=out)
+        run.fast(0, 0)
+        proposed.append((run.folder / "prompts.jsonl").read_text())
+    assert proposed[0] == proposed[1] and '"rewrite"' in proposed[0]
+    write_checkpoint(writer, "llama")
+    template = "{% for message in messages %}{{ message.content }}|{% endfor %}"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer("qwen2", every_byte=False), eos_token="<|im_end|>",
+                                         chat_template=template).save_pretrained(writer)
+    run, generate, drawn, given = tiny_run("--reflector", writer), Sampler.generate, [], []
+    monkeypatch.setattr(Sampler, "generate", lambda self, *a: drawn.append((self.model, a[0], generate(self, *a))) or drawn[-1][-1])
+    monkeypatch.setattr(reflect, "evolve", lambda population, anchors, ask, write, *_, **more: given.append(write) or ([], 0))
+    run.fast(0, 0)
+    theirs = transformers.AutoTokenizer.from_pretrained(writer)
+    replies = given[0]([[{"role": "user", "content": "a b c d e f g h" * 200}]] * 4, 0)
+    (model, prompts, completions), = drawn
+    assert prompts == [theirs.encode("a b c d e f g h" * 200 + "|", add_special_tokens=False)[-500:]] * 4
+    assert [text for text, _ in replies] == [theirs.decode(c.tokens, skip_special_tokens=True) for c in completions] and len(set(replies)) > 1
+    expected = load(writer, dtype=torch.float32)[0]
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values())) and model is not run.model
+    weights, sizes = (sum(p.numel() for p in m.parameters()) for m in (model, run.model)), lambda n: fst.plan(run.config, run.model.config, 1000, reflector=n)[0]
+    assert sizes(500)["always"] - sizes(0)["always"] == 4 * 500 and run.prompt_tokens > 0
+    seen = []
+    monkeypatch.setattr(fst, "plan", lambda *a: seen.append(a) or ({}, 100, 16))
+    fst.Run(run.config)
+    assert (seen[0][-1], seen[0][2]) == tuple(weights)
+
+    run.save()                                                                  # with another model in that place it is another run
+    (writer / "generation_config.json").unlink()
+    fst.Run(run.config).restore()
+    write_checkpoint(writer, "qwen2")
+    with pytest.raises(ValueError, match=f"the reflector {writer} was changed"):
+        fst.Run(run.config).restore()
+    shutil.rmtree(writer)
+    tiny_run("--reflector", writer, "--method", "rl", out="plain")
+    fst.Run(run.config, tmp_path / "run" / "checkpoint")
+    capsys.readouterr()
+    assert f"{writer} is not a directory" in refused(capsys, "--model", tmp_path / "model", "--reflector", writer, "--check")
+
+
 def sampled(run, seed=0):
     jobs = [(context, problem) for problem in run.batch(0, 0) for context in run.contexts(0) for _ in range(4)]
     return rollout.ask(run.sampler, run.tasks[0], jobs, 8, 1.0, seed)
