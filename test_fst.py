@@ -3592,6 +3592,7 @@ def test_self_taught_fine_tuning_is_on_what_led_to_the_right_answer(tiny_run, mo
     expected = torch.cat([score(run.model, [row])[0].detach() for row in rows])
     row = run.reinforce(wrote, None)
     assert row["trained_rows"] == 2 and row["loss"] == pytest.approx(-expected.mean().item(), rel=1e-4)
+    assert {p.solution for p in run.tasks[0].problems("train")} == {f"#### {p.answer}" for p in run.tasks[0].problems("train")}
     before = [p.clone() for p in run.model.parameters()]
     assert run.reinforce(wrote[3:], None) == {"trained_rows": 0, "updates": 1}
     assert all(map(torch.equal, before, run.model.parameters()))

@@ -10,12 +10,12 @@ fst.py with one thing changed that is no flag of it: an ablation. All flags are 
   sft             supervised fine-tuning: a slow step raises the likelihood of its problems' reference solutions instead of the reward;
                   rollouts are sampled for the log alone
   self-taught     the same on what the rollouts themselves wrote where that led to the right answer, with the answer in its form below
-                  it (`own_working` in reflect.py): STaR (arXiv 2203.14465) without its hints; a step without such a text moves nothing
+                  it (`own_working` in reflect.py): STaR (arXiv 2203.14465) without its hints; a step without such a text moves nothing.
+                  Of each problem only the answer is known
 
     python bench/ablate.py per-prompt --task arithmetic --seed 1
 """
 import dataclasses
-import functools
 import random
 import sys
 from pathlib import Path
@@ -67,8 +67,13 @@ def sft(run, answer=lambda rollout: rollout.problem.solution):
     run.reinforce = supervised
 
 
+def self_taught(run):
+    no_solutions(run)
+    sft(run, own_working)
+
+
 CHANGES = {"per-prompt": per_prompt, "random-reward": random_reward, "no-reuse": no_reuse, "no-solutions": no_solutions, "sft": sft,
-           "self-taught": functools.partial(sft, answer=own_working)}
+           "self-taught": self_taught}
 
 
 class Changed(fst.Run):
