@@ -447,7 +447,7 @@ def steps_of(config, cycle):
 def tasks_of(c, trained=False):
     """The configuration's tasks, in turn. Two of the same name are refused; so is, unless the run is already trained, a task that
     has less than a batch of training problems."""
-    tasks = [get_task(name, c.level, c.data or None, c.seed_prompt or None) for name in c.task.split(",")]
+    tasks = [get_task(name, c.level, c.data, c.seed_prompt or None) for name in c.task.split(",")]
     if len({task.name for task in tasks}) < len(set(c.task.split(","))):
         raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
     for task in tasks:
@@ -498,21 +498,19 @@ class Run:
         self.tasks = tasks_of(c, trained)
         self.phases = schedule(c)
         self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
-        question = self.prompt_tokens = more = 0
-        if not trained:
-            question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context_length)
-        weights = {} if trained else dict(self.model.named_parameters())
-        self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks])),
-                       f"the model {c.model}": digest("", sorted(weights.items()))}      # what a resumed run must find unchanged
-        learning = not trained and c.method != "gepa"
-        self.base = copy.deepcopy(self.model).requires_grad_(False) if learning else self.model
+        self.base, self.learner, question, self.prompt_tokens, more = self.model, None, 0, 0, 0
         if trained:
             self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
         else:
+            question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context_length)
+            self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks])),     # a resumed run must find
+                           f"the model {c.model}": digest("", sorted(self.model.named_parameters()))}       # them unchanged
+            if c.method != "gepa":
+                self.base = copy.deepcopy(self.model).requires_grad_(False)
+                self.learner = Learner(self.model, c.lr, c.warmup)
             *self.reflector, more = load_reflector(c, self.base if c.reflector == "base" else self.model, self.tokenizer)
             if more:
                 self.origin[f"the reflector {c.reflector}"] = digest("", sorted(self.reflector[0].named_parameters()))
-        self.learner = Learner(self.model, c.lr, c.warmup) if learning else None
         _, self.micro_batch, slots = plan(c, self.model.config, count_weights(self.model), question, self.prompt_tokens, more)
         self.sampler = Sampler(self.model, self.tokenizer, slots)
         self.done = 0                                     # phases behind us
@@ -531,10 +529,9 @@ class Run:
         """The problems of a task's slow step, a function of (seed, task, step): epochs of the training problems, shuffled; what
         does not fill a last batch is left out of that epoch."""
         problems, size = self.tasks[task].problems("train"), self.config.batch
-        per_epoch = len(problems) // size
-        epoch, index = divmod(step, per_epoch)
-        order = random.Random(f"{self.config.seed} {task} {epoch}").sample(range(len(problems)), len(problems))
-        return [problems[i] for i in order[index * size:(index + 1) * size]]
+        epoch, index = divmod(step, len(problems) // size)
+        shuffled = random.Random(f"{self.config.seed} {task} {epoch}").sample(problems, len(problems))
+        return shuffled[index * size:(index + 1) * size]
 
     def contexts(self, task):
         """What the slow phase asks under: the K prompts as they are, whatever task evolved them; in plain RL the seed prompt."""
@@ -716,13 +713,16 @@ class Run:
             return sum(len(steps_of(self.config, cycle)) for _, _, cycle in behind)
         return sum(kind == "slow" for kind, _, _ in behind)
 
-    def evaluate(self, task, split, count):
-        """Accuracy with the best prompt and with the seed prompt, greedy and sampled at temperature 1, on the same problems for
-        every method and seed; and under each prompt the drift from the base weights. Wilson's intervals take a problem as one
-        observation, however many answers to it were sampled: they are rather too wide than too narrow."""
-        c, start = self.config, time.perf_counter()
+    def held_out(self, task, split, count):
+        """The problems of an evaluation: the same for every method and seed."""
         problems = self.tasks[task].problems(split)
-        problems = random.Random(f"{split} evaluation").sample(problems, min(count, len(problems)))
+        return random.Random(f"{split} evaluation").sample(problems, min(count, len(problems)))
+
+    def evaluate(self, task, split, count):
+        """Accuracy with the best prompt and with the seed prompt, greedy and sampled at temperature 1, and under each prompt the
+        drift from the base weights. Wilson's intervals take a problem as one observation, however many answers to it were sampled:
+        they are rather too wide than too narrow."""
+        c, start, problems = self.config, time.perf_counter(), self.held_out(task, split, count)
         contexts = {"": self.contexts(task)[0], "seed_": self.tasks[task].seed_context}
         row = {"kind": "eval", "task": self.tasks[task].name, "split": split, "n": len(problems), "samples": c.eval_samples,
                "max_new_tokens": c.max_new_tokens, "step": self.steps_done(), **self.spent,

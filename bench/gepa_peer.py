@@ -9,7 +9,6 @@ One row per (task, system, seed) goes to results/bench_gepa.jsonl.
     pip install gepa; FST_DATA=... python bench/gepa_peer.py --seed 0 1 2
 """
 import argparse
-import random
 import sys
 import time
 from importlib.metadata import version
@@ -96,8 +95,7 @@ def held_out(run, context, split, count):
     """Accuracy, and share of answers in the asked format, on `count` problems of the split, the same for every system and seed.
     Intervals are Wilson's over problems; the sampled answers to one count as one observation, which errs on the wide side."""
     c, out = run.config, {}
-    problems = run.tasks[0].problems(split)
-    problems = random.Random(f"{split} evaluation").sample(problems, min(count, len(problems)))
+    problems = run.held_out(0, split, count)
     answers, = examine(run.sampler, run.tasks[0], [context], problems, c.eval_samples, c.max_new_tokens, (c.seed, 0, fst.EVALUATE))
     for name, rollouts in (("greedy", [row[0] for row in answers]), ("sampled", [r for row in answers for r in row[1:]])):
         formatted = [r.in_form for r in rollouts]
