@@ -434,7 +434,7 @@ def schedule(config):
         fast = [("fast", i, cycle) for cycle in range(math.ceil(config.steps / config.cycle))]
         in_turn = []                                      # fst and distill: each fast phase before the steps of its cycle
         for cycle, phase in enumerate(fast):
-            in_turn += [phase, *slow[cycle * config.cycle:(cycle + 1) * config.cycle]]
+            in_turn += [phase, *(slow[step] for step in steps_of(config, cycle))]
         phases += {"rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.get(config.method, in_turn)
     return phases
 
@@ -1041,7 +1041,7 @@ def parse(argv):
     actions = {key: options.pop(key) for key in ("overwrite", "check", "eval", "plot", "show_prompts")}
     if "seed_prompt" in options:
         options["seed_prompt"] = read_seed_prompt(options["seed_prompt"])
-    return Config(**options), actions | {"given": options}
+    return Config(**options), actions, options
 
 
 def stored_config(folder, changes={}):
@@ -1175,8 +1175,7 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input or a failure that is named, 130 interrupted: after saving, unless Ctrl-C came twice."""
     handlers = {}
     try:
-        config, actions = parse(argv)
-        given = actions.pop("given")                      # the flags as given: one that repeats a default counts, too
+        config, actions, given = parse(argv)              # given: the flags; one that repeats a default counts, too
         for action in ("eval", "plot", "show_prompts"):
             unused = given.keys() - (EVAL_FLAGS if action == "eval" else set())
             unused |= {name for name in actions if actions[name] and name != action}

@@ -505,16 +505,16 @@ class Search:
 
         asked = [parent for name, parent in slots.elements() if name == "rewrite"]
         replies = self.write([reflection(parent.context, traces[parent]) for parent in asked], self.calls) if asked else []
-        children = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
-        self.score_probes([child.context for child, _ in children if child.verdict != "rejected"])
-        for child, _ in children:
-            if child.verdict == "rejected":               # its place goes to another operator
-                slots[self.draw_operator(able[1:]), self.rng.choice(parents)] += 1
+        written = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
+        children = [(child, parent) for child, parent in written if child.verdict != "rejected"]
+        self.score_probes([child.context for child, _ in children])
+        for _ in range(len(written) - len(children)):     # the place of a rejected one goes to another operator
+            slots[self.draw_operator(able[1:]), self.rng.choice(parents)] += 1
         for (name, parent), n in slots.items():
             if name != "rewrite":
                 scoring = {r.problem.question for r in traces[parent]}
                 children += [(child, parent) for child in self.offspring(name, parent, scoring, n)]
-        return [(child, parent) for child, parent in children if child.verdict != "rejected"]
+        return children
 
     def draw_operator(self, operators):
         """Thompson sampling: the operator whose success rate, drawn from its Beta posterior, is the highest."""
@@ -567,7 +567,6 @@ class Search:
         """Notes how likely the model finds each probe's known solution under each context: the mean log-prob of its tokens. Not
         the probability, in which one easy probe outweighs all others: with GSM8K's long solutions no example would make a
         visible difference. No prompt contains a probe. A solution has its working, which brief examples make unlikely."""
-        contexts = list(dict.fromkeys(contexts))
         jobs = [(context, problem, answer) for context in contexts for problem, answer in self.probes]
         logprobs = iter(self.likelihood(jobs) if jobs else [])
         for context in contexts:

@@ -1734,7 +1734,7 @@ def tiny_run(tmp_path, monkeypatch):
 
     def make(*flags, out="run"):
         arguments = ["--task", "echo", "--model", tmp_path / "model", *TINY, "--out", tmp_path / out, *flags]
-        config, _ = fst.parse([str(a) for a in arguments])
+        config, *_ = fst.parse([str(a) for a in arguments])
         resolved, _ = fst.open_run(config, False)
         return fst.Run(resolved)
     return make
@@ -3363,7 +3363,7 @@ def test_check_and_eval(tmp_path, capsys, monkeypatch):
 
 def test_the_real_model_learns(tmp_path):
     """SmolLM2-135M in bf16, five updates of CISPO under a prompt of six worked examples: held-out accuracy rises."""
-    config, _ = fst.parse(["--prompts", "1", "--model", "smollm2-135m", "--device", "cpu", "--dtype", "bfloat16", "--batch", "8", "--group", "8",
+    config, *_ = fst.parse(["--prompts", "1", "--model", "smollm2-135m", "--device", "cpu", "--dtype", "bfloat16", "--batch", "8", "--group", "8",
                            "--steps", "5", "--kl", "0", "--max-new-tokens", "32", "--warmup", "0", "--lr", "5e-5", "--out", str(tmp_path / "run")])
     run = fst.Run(fst.open_run(config, False)[0])
     examples = tuple(Example(p.question, p.solution) for p in run.tasks[0].problems("train")[-6:])

@@ -42,7 +42,7 @@ def sizes(folder):
 def long_run(folder, steps, cycle):
     """Runs it: per step its CPU seconds and the memory behind it, per cycle the files' sizes; and the steps' rows."""
     write_checkpoint(folder / "model", "qwen3")
-    config, _ = fst.parse([
+    config, *_ = fst.parse([
         "--task", f"jsonl:{write_parities(folder / 'data.jsonl')}", "--model", str(folder / "model"), "--out", str(folder / "run"), *TINY,
         *f"--steps {steps} --cycle {cycle} --lr 1e-4 --passes 2 --eval-every 0 --prompt-tokens 120".split()])
     run, seconds, memory, files = fst.Run(fst.open_run(config, False)[0]), [], [], []

@@ -38,7 +38,7 @@ def lone_search(**flags):
     themselves are never taken. flags: fst.py's, None where its own default is meant."""
     with tempfile.TemporaryDirectory() as folder:
         flags = {"method": "gepa", "cycle": 1, "out": folder} | {key: value for key, value in flags.items() if value is not None}
-        config, _ = fst.parse([f"{fst.flag(key)}={value}" for key, value in flags.items()])
+        config, *_ = fst.parse([f"{fst.flag(key)}={value}" for key, value in flags.items()])
         resolved, lock = fst.open_run(config, False)
         with lock:
             yield fst.Run(resolved)

@@ -38,7 +38,7 @@ def peak_gb():
 def ours(task, problems, group, limit, long, steps):
     with tempfile.TemporaryDirectory() as out:
         seed_prompt = system_text(load("smollm2-135m")[1], get_task(task), long)
-        config, _ = fst.parse(["--task", task, "--seed-prompt", seed_prompt, "--method", "rl", "--model", "smollm2-135m", "--batch", str(problems), "--group", str(group),
+        config, *_ = fst.parse(["--task", task, "--seed-prompt", seed_prompt, "--method", "rl", "--model", "smollm2-135m", "--batch", str(problems), "--group", str(group),
                                "--max-new-tokens", str(limit), "--micro-batch", "auto" if torch.cuda.is_available() else "2048", "--kl", "0", "--steps", str(steps + 1), "--out", out])
         resolved, lock = fst.open_run(config, False)
         run = fst.Run(resolved)
