@@ -508,9 +508,9 @@ def prefix_runs(prompts):
 
 
 def prefix_segments(prompts):
-    """Sorted distinct prompts -> segments for a Layout in which common prefixes stand once, and for each prompt the index of its
-    last segment."""
-    segments, last = [], {}
+    """Prompts, tuples of ids -> segments for a Layout in which equal prompts and common prefixes stand once, and for each prompt the
+    index of its last segment."""
+    prompts, segments, last = sorted(set(prompts)), [], {}
     for start, stop, prefix in prefix_runs(prompts):
         parent = None
         if stop - start > 1 and prefix:
@@ -615,13 +615,13 @@ class Sampler:
         self.patience = 16 if self.cuda else 1
 
     def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None, greedy=None):
-        """prompts: token ids, or texts -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
+        """prompts: token ids -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
         greedy: for each prompt, whether to take the most likely token every time; None: for none, or at temperature 0 for all.
         progress: a label for a progress bar, or None.
 
         A row's randomness is a function of (seed, its prompt, how many equal prompts stand before it), one uniform per token,
         drawn ahead: who else is in the batch changes a row by the arithmetic's rounding at most."""
-        prompts = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in prompts]
+        prompts = [tuple(prompt) for prompt in prompts]
         context = self.model.config.context_length
         for prompt in prompts:
             if not 0 < len(prompt) < context:
@@ -687,7 +687,7 @@ class Sampler:
 
     def admit(self, rows, prompts):
         """Prefills the rows' distinct prompts, common prefixes once, and samples the rows' first token."""
-        segments, last = prefix_segments(sorted({prompts[row] for row in rows}))
+        segments, last = prefix_segments(prompts[row] for row in rows)
         layout, cache = Layout(segments, self.model.embedding.device), []
 
         def attend(index, q, k, v):
@@ -817,7 +817,7 @@ def examine(sampler, task, contexts, problems, samples, max_new_tokens, seed=0, 
 def answer_states(model, rows):
     """rows: list of (prompt, tokens) ids -> the last hidden states that predict all rows' tokens, one row after another, [tokens,
     hidden], and these tokens. The prompts' common prefixes are run once: the same forward as the sampler's, all tokens known."""
-    segments, last = prefix_segments(sorted({tuple(prompt) for prompt, _ in rows}))
+    segments, last = prefix_segments(tuple(prompt) for prompt, _ in rows)
     ends = [last[tuple(prompt)] for prompt, _ in rows]             # the segment in which a row's last predictor lies
     for row, (_, tokens) in enumerate(rows):
         if len(tokens) > 1:                                        # a completion's last token predicts nothing

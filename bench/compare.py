@@ -21,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "bench"))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from rollout import TASKS, Generated                                      # noqa: E402
 from sampler import provenance                                            # noqa: E402
 
-GENERATED = {"arithmetic", "star", "codeio"}
+GENERATED = {name for name, task in TASKS.items() if issubclass(task, Generated)}
 running, stopping = set(), threading.Event()
 
 

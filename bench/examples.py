@@ -23,8 +23,6 @@ from reflect import answer_alone, fill, with_lessons                      # noqa
 from rollout import Context, Example, Sampler, examine, get_task          # noqa: E402
 from sampler import record                                                # noqa: E402
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,9 +38,9 @@ def main():
     parser.add_argument("--problems", type=int, default=96, help="held-out problems that each is asked")
     parser.add_argument("--max-new-tokens", type=int, default=192, help="limit of an answer; of arithmetic 32")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     options = parser.parse_args()
-    model, tokenizer = load(options.model, "cuda" if torch.cuda.is_available() else "cpu", DTYPES[options.dtype])
+    model, tokenizer = load(options.model, "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, options.dtype))
     sampler, count = Sampler(model, tokenizer), lambda context: len(context.prompt(tokenizer))
     conditions = [(number, None, "random") for number in options.numbers]
     conditions += [(drawn, limit, order) for limit in options.limits for drawn in options.drawn for order in options.orders]

@@ -22,7 +22,6 @@ from rollout import Context, Example, Sampler, examine, get_task, read_context  
 from sampler import record                                                # noqa: E402
 
 
-@torch.no_grad()
 def measure(model, base, tokenizer, task, prompt, options):
     draw = random.Random(f"forgetting {task.name}")
     shown = draw.sample(task.problems("train"), options.examples)

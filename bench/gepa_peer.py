@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
-from operators import lone_search                                         # noqa: E402
+from operators import passing_run                                         # noqa: E402
 from rollout import Context, Generated, ask, examine                      # noqa: E402
 from sampler import record                                                # noqa: E402
 
@@ -107,7 +107,7 @@ def held_out(run, context, split, count):
 
 
 def measure(task, name, seed, options):
-    with lone_search(task=task, seed=seed, model=options.model, batch=options.anchors, steps=options.cycles,
+    with passing_run(task=task, seed=seed, model=options.model, batch=options.anchors, steps=options.cycles,
                      passes=options.rollouts / options.anchors, eval_samples=options.eval_samples,
                      max_new_tokens=options.max_new_tokens, seed_prompt=options.seed_prompt) as run:
         start = time.perf_counter()

@@ -159,12 +159,10 @@ def torture(folder, name, kills, seed):
     while row["kills"] < kills:
         out, code, history = folder / f"{name}-{row['runs']}", None, []
         while code is None:
-            event = seconds = None
-            if len(history) >= 12:                                        # this run has been through enough
-                pass
-            elif rng.random() < 1 / 2:
+            event = seconds = None                                        # after 12 kills a run has been through enough
+            if len(history) < 12 and rng.random() < 1 / 2:
                 seconds = rng.uniform(0, needed)
-            else:
+            elif len(history) < 12:
                 which = rng.choice([event for event, n in counts.items() if n] + ["cut"])     # a run never killed cuts nothing off
                 when = rng.choice(["before", "after"] + ["half"] * (which in ("file", "weights", "row")))
                 event = which, rng.randint(1, max(3, counts[which] // 2)), when

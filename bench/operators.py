@@ -33,9 +33,9 @@ QUOTES = 6                # raw rewrites kept in a row
 
 
 @contextlib.contextmanager
-def lone_search(**flags):
-    """A Run of the fast channel alone, in a folder that goes with it: cycles of one slow step, whose batch is all anchors; the steps
-    themselves are never taken. flags: fst.py's, None where its own default is meant."""
+def passing_run(**flags):
+    """A Run in a folder that goes with it; where no flag says otherwise of the fast channel alone, in cycles of one slow step, whose
+    batch is all anchors. flags: fst.py's, None where its own default is meant."""
     with tempfile.TemporaryDirectory() as folder:
         flags = {"method": "gepa", "cycle": 1, "out": folder} | {key: value for key, value in flags.items() if value is not None}
         config, *_ = fst.parse([f"{fst.flag(key)}={value}" for key, value in flags.items()])
@@ -128,7 +128,7 @@ def main():
     for task in options.task:
         for seed in options.seed:
             length = options.prompt_tokens or (320 if task == "arithmetic" else None)
-            with lone_search(task=task, seed=seed, model=options.model, batch=options.anchors, steps=2, passes=options.passes,
+            with passing_run(task=task, seed=seed, model=options.model, batch=options.anchors, steps=2, passes=options.passes,
                              prompt_tokens=length, max_new_tokens=options.max_new_tokens) as run:
                 study(run, seed, options)
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst                                                                # noqa: E402
 from model import load, save                                              # noqa: E402
+from operators import passing_run                                         # noqa: E402
 from rollout import Context, get_task                                     # noqa: E402
 from sampler import distinct_tokens, finish, least_seconds, limits, prompts_of, record, system_text           # noqa: E402
 
@@ -36,12 +37,9 @@ def peak_gb():
 
 
 def ours(task, problems, group, limit, long, steps):
-    with tempfile.TemporaryDirectory() as out:
-        seed_prompt = system_text(load("smollm2-135m")[1], get_task(task), long)
-        config, *_ = fst.parse(["--task", task, "--seed-prompt", seed_prompt, "--method", "rl", "--model", "smollm2-135m", "--batch", str(problems), "--group", str(group),
-                               "--max-new-tokens", str(limit), "--micro-batch", "auto" if torch.cuda.is_available() else "2048", "--kl", "0", "--steps", str(steps + 1), "--out", out])
-        resolved, lock = fst.open_run(config, False)
-        run = fst.Run(resolved)
+    seed_prompt = system_text(load("smollm2-135m")[1], get_task(task), long)
+    with passing_run(task=task, seed_prompt=seed_prompt, method="rl", model="smollm2-135m", batch=problems, group=group, max_new_tokens=limit,
+                     micro_batch="auto" if torch.cuda.is_available() else 2048, kl=0, steps=steps + 1) as run:
         reinforce, last = run.reinforce, []
         # every group trains, whatever the rewards: the first half of it is called right
         def all_groups(rollouts, rewards):
@@ -53,7 +51,6 @@ def ours(task, problems, group, limit, long, steps):
             start = time.perf_counter()
             row = run.slow(0, step)
             done.append((time.perf_counter() - start, row, last[:]))
-        lock.close()
         seconds, row, last = min(done[1:], key=lambda step: step[0])                     # the first warms up
         peak, reach = peak_gb(), limits(run.model)                                       # the limits' measurement takes memory itself
         prompts, tokens = [r.prompt for r in last], sum(len(r.tokens) for r in last)
