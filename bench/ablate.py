@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fst                                                                # noqa: E402
-from reflect import own_working                                           # noqa: E402
+import fst
+from reflect import own_working
 
 
 def per_prompt(run):

@@ -22,8 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from rollout import TASKS, Generated                                      # noqa: E402
-from sampler import provenance                                            # noqa: E402
+from rollout import TASKS, Generated
+from sampler import provenance
 
 GENERATED = {name for name, task in TASKS.items() if issubclass(task, Generated)}
 running, stopping = set(), threading.Event()

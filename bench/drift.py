@@ -15,9 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import fst                                                                # noqa: E402
-from rollout import Sampler, ask, divergence                                   # noqa: E402
-from sampler import record                                                # noqa: E402
+import fst
+from rollout import Sampler, ask, divergence
+from sampler import record
 
 
 def estimates(run, rollouts, limit=1280):

@@ -17,11 +17,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from fst import score_all                                                 # noqa: E402
-from model import load                                                    # noqa: E402
-from reflect import answer_alone, fill, with_lessons                      # noqa: E402
-from rollout import Context, Example, Sampler, examine, get_task          # noqa: E402
-from sampler import record                                                # noqa: E402
+from fst import score_all
+from model import load
+from reflect import answer_alone, fill, with_lessons
+from rollout import Context, Example, Sampler, examine, get_task
+from sampler import record
 
 
 def main():

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from model import load                                                    # noqa: E402
-from reflect import answer_alone, fill                                    # noqa: E402
-from rollout import Example, get_task                                     # noqa: E402
+from model import load
+from reflect import answer_alone, fill
+from rollout import Example, get_task
 
 
 def main():

@@ -16,10 +16,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import fst                                                                # noqa: E402
-from model import load                                                    # noqa: E402
-from rollout import Context, Example, Sampler, examine, get_task, read_context  # noqa: E402
-from sampler import record                                                # noqa: E402
+import fst
+from model import load
+from rollout import Context, Example, Sampler, examine, get_task, read_context
+from sampler import record
 
 
 def measure(model, base, tokenizer, task, prompt, options):

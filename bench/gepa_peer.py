@@ -16,10 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import fst                                                                # noqa: E402
-from operators import passing_run                                         # noqa: E402
-from rollout import Context, Generated, ask, examine                      # noqa: E402
-from sampler import record                                                # noqa: E402
+import fst
+from operators import passing_run
+from rollout import Context, Generated, ask, examine
+from sampler import record
 
 COMPONENT = "system_prompt"
 

@@ -20,18 +20,18 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # a bench of the CPU, whatever else is here
 
-import numpy as np                                                        # noqa: E402
-import torch                                                              # noqa: E402
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import fst                                                                # noqa: E402
-import matplotlib.pyplot                                                  # noqa: E402, F401: warmed up for the children
-import model                                                              # noqa: E402
-import reflect                                                            # noqa: E402
-import rollout                                                            # noqa: E402
-from sampler import record                                                # noqa: E402
-from test_fst import TINY, parity, what_counts, write_checkpoint, write_parities      # noqa: E402
+import fst
+import matplotlib.pyplot                                                  # warmed up for the children
+import model
+import reflect
+import rollout
+from sampler import record
+from test_fst import TINY, parity, what_counts, write_checkpoint, write_parities
 
 RUNS = {**{method: (method, 1) for method in fst.METHODS}, "fst, two tasks in turn": ("fst", 2)}
 PHASES = ("elsewhere", "starting", "restoring", "sampling", "reflection", "evaluation", "gradient", "optimizer step", "journal",

@@ -17,17 +17,17 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # a bench of the CPU, whatever else is here
 
-import numpy as np                                                        # noqa: E402
-import torch                                                              # noqa: E402
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import fst                                                                # noqa: E402
-import rollout                                                            # noqa: E402
-from model import load                                                    # noqa: E402
-from rollout import Context, Sampler, get_task                            # noqa: E402
-from sampler import record                                                # noqa: E402
-from test_fst import TINY, parity, write_checkpoint, write_parities       # noqa: E402
+import fst
+import rollout
+from model import load
+from rollout import Context, Sampler, get_task
+from sampler import record
+from test_fst import TINY, parity, write_checkpoint, write_parities
 
 
 def resident():

@@ -22,10 +22,10 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import fst                                                                # noqa: E402
-import reflect                                                            # noqa: E402
-from rollout import Generated, ask                                        # noqa: E402
-from sampler import record                                                # noqa: E402
+import fst
+import reflect
+from rollout import Generated, ask
+from sampler import record
 
 PARENT = "parent"         # the rows of the parents themselves, whose children are repetitions of them
 REPEATS = 4               # of a parent's answers: how much its accuracy varies shows what a child's may be by chance

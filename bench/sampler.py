@@ -21,9 +21,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fst import ON_CPU, ON_CUDA                                           # noqa: E402
-from model import load, save                                              # noqa: E402
-from rollout import Context, Sampler, get_task, prefix_segments           # noqa: E402
+from fst import ON_CPU, ON_CUDA
+from model import load, save
+from rollout import Context, Sampler, get_task, prefix_segments
 
 JOBS = {"8 problems x 8 samples x 128 tokens": (8, 8, 128, 0), "64 x 8 x 128": (64, 8, 128, 0), "1 x 1 x 128": (1, 1, 128, 0),
         "1,500-token prompt, 1 x 64 x 64": (1, 64, 64, 1500), "8 x 32 x 128": (8, 32, 128, 0)}

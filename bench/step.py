@@ -22,11 +22,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import fst                                                                # noqa: E402
-from model import load, save                                              # noqa: E402
-from operators import passing_run                                         # noqa: E402
-from rollout import Context, get_task                                     # noqa: E402
-from sampler import distinct_tokens, finish, least_seconds, limits, prompts_of, record, system_text           # noqa: E402
+import fst
+from model import load, save
+from operators import passing_run
+from rollout import Context, get_task
+from sampler import distinct_tokens, finish, least_seconds, limits, prompts_of, record, system_text
 
 # task, problems, group, new tokens, tokens of the prompt: 0 for the seed prompt's, else about as many as FST's worked examples take
 JOBS = {"gsm8k": ("gsm8k", 8, 8, 128, 0), "arithmetic": ("arithmetic", 8, 16, 40, 0), "context": ("arithmetic", 8, 12, 32, 300)}

@@ -17,9 +17,9 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot                                             # noqa: E402
+from matplotlib import pyplot
 
-from tables import METHODS, evals, in_step, peers, proposals, read, runs_of, side_by_side, table  # noqa: E402
+from tables import METHODS, evals, in_step, peers, proposals, read, runs_of, side_by_side, table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
