@@ -43,7 +43,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import reflect
-from model import load, out_of_memory, reading, replace_file, return_freed_memory, save
+from model import load, out_of_memory, reading, refuse, replace_file, return_freed_memory, save
 from rollout import TASKS, Context, Sampler, ask, divergence, examine, get_task, prefix_runs, read_context, score
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,16 +138,14 @@ def resolve(config):
     c = dataclasses.replace(config)
     names = c.task.split(",")
     for name in names:
-        if name.partition(":")[0] not in TASKS:
-            raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
+        refuse(name.partition(":")[0] not in TASKS, f"unknown task {name!r}: known are {', '.join(TASKS)}")
     for field, known in CHOICES.items():
-        if getattr(c, field) not in known:
-            raise ValueError(f"unknown {flag(field)} {getattr(c, field)!r}: known are {', '.join(known)}")
+        refuse(getattr(c, field) not in known, f"unknown {flag(field)} {getattr(c, field)!r}: known are {', '.join(known)}")
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if c.device == "auto":
         c.device = "cuda" if cards else "cpu"
-    if c.device not in ("cpu", *cards) and not (cards and c.device == "cuda"):
-        raise ValueError(f"no device {c.device!r} here: PyTorch finds {', '.join(['cpu', *cards])}")
+    refuse(c.device not in ("cpu", *cards) and not (cards and c.device == "cuda"),
+           f"no device {c.device!r} here: PyTorch finds {', '.join(['cpu', *cards])}")
     cpu = c.device == "cpu"
     defaults = (ON_CPU if cpu else ON_CUDA) | {"eval_every": c.cycle, "save_every": c.cycle}
     if not cpu:
@@ -170,24 +168,21 @@ def resolve(config):
         c.model, c.why_model = choose_model(c)
     c.why_model = c.why_model or "as asked"
     c.out = c.out or f"runs/{c.task.translate(str.maketrans(':/,', '--+'))}-{c.method}-{c.seed}"
-    if os.path.exists(c.out) and not os.path.isdir(c.out):
-        raise ValueError(f"--out {c.out} is no folder")
+    refuse(os.path.exists(c.out) and not os.path.isdir(c.out), f"--out {c.out} is no folder")
     for name in [field.name for field in FLAGS if field.type is not str]:
         value, most = getattr(c, name), LIMITS.get(name, MOST)
-        if not (value > 0 or value == 0 and name in MAY_BE_ZERO):
-            raise ValueError(f"{flag(name)} must {'not be negative' if name in MAY_BE_ZERO else 'be above 0'}, and is {value}")
-        if value > most:
-            raise ValueError(f"{flag(name)} must be at most {most:,}")
+        refuse(not (value > 0 or value == 0 and name in MAY_BE_ZERO),
+               f"{flag(name)} must {'not be negative' if name in MAY_BE_ZERO else 'be above 0'}, and is {value}")
+        refuse(value > most, f"{flag(name)} must be at most {most:,}")
     for one, other in (("batch", "group"), ("eval_problems", "eval_samples")):
-        if getattr(c, one) * getattr(c, other) > MOST:
-            raise ValueError(f"{flag(one)} times {flag(other)} must be at most {MOST:,}")
-    if c.method not in ("rl", "gepa") and c.group % c.prompts:
-        raise ValueError(f"each of the {c.prompts} prompts gets an equal share of a group: "
-                         f"--group {c.group} must be a multiple of --prompts {c.prompts}")
-    if c.method not in ("gepa", "distill") and c.group < 2:
-        raise ValueError("--group 1 leaves a rollout nothing to be compared with, and every advantage 0: it must be at least 2")
-    if c.method != "rl" and c.passes < 1:
-        raise ValueError(f"--passes {c.passes} does not even measure one prompt on the cycle's problems: it must be at least 1")
+        refuse(getattr(c, one) * getattr(c, other) > MOST, f"{flag(one)} times {flag(other)} must be at most {MOST:,}")
+    refuse(c.method not in ("rl", "gepa") and c.group % c.prompts,
+           f"each of the {c.prompts} prompts gets an equal share of a group: "
+           f"--group {c.group} must be a multiple of --prompts {c.prompts}")
+    refuse(c.method not in ("gepa", "distill") and c.group < 2,
+           "--group 1 leaves a rollout nothing to be compared with, and every advantage 0: it must be at least 2")
+    refuse(c.method != "rl" and c.passes < 1,
+           f"--passes {c.passes} does not even measure one prompt on the cycle's problems: it must be at least 1")
     if c.dtype == "auto":                                 # last, as measuring takes a moment
         c.dtype = max(cpu_speed(), key=cpu_speed().get) if cpu else "bfloat16"
     return c
@@ -448,11 +443,11 @@ def tasks_of(c, trained=False):
     """The configuration's tasks, in turn. Two of the same name are refused; so is, unless the run is already trained, a task that
     has less than a batch of training problems."""
     tasks = [get_task(name, c.level, c.data, c.seed_prompt or None) for name in c.task.split(",")]
-    if len({task.name for task in tasks}) < len(set(c.task.split(","))):
-        raise ValueError(f"two of the tasks {c.task} have one name: rename a file")
+    refuse(len({task.name for task in tasks}) < len(set(c.task.split(","))),
+           f"two of the tasks {c.task} have one name: rename a file")
     for task in tasks:
-        if not trained and c.batch > len(task.problems("train")):
-            raise ValueError(f"--batch {c.batch} is more than {task.name} has training problems")
+        refuse(not trained and c.batch > len(task.problems("train")),
+               f"--batch {c.batch} is more than {task.name} has training problems")
     return tasks
 
 
@@ -460,29 +455,32 @@ def room_for_prompts(c, tasks, tokenizer, context):
     """The tokens of the longest question and of the longest prompt: in plain RL the seed prompt's, else --prompt-tokens, or as many as the
     model's context leaves beside every question and its answer. A ValueError where that is not enough, or nothing would end an
     answer."""
-    if tokenizer.turn_end is None:
-        raise ValueError(f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
+    refuse(tokenizer.turn_end is None, f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
     problems = [problem for task in tasks for split in task.splits.values() for problem in split]
     question = max(len(tokenizer.encode(problem.question)) for problem in problems)
     longest = max(len(task.seed_context.prompt(tokenizer)) for task in tasks)
-    if longest + question + c.max_new_tokens > context:
-        raise ValueError(f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
-                         f"(--max-new-tokens) do not fit the model's context of {context}")
-    if c.method != "rl" and longest > c.prompt_tokens:
-        raise ValueError(f"a seed prompt of {longest} tokens leaves none of --prompt-tokens {c.prompt_tokens} to evolve it in")
-    if c.method != "rl" and longest > c.prompt_tokens / 2:
+    refuse(longest + question + c.max_new_tokens > context,
+           f"a seed prompt of {longest} tokens, a question of {question} and an answer of {c.max_new_tokens} "
+           f"(--max-new-tokens) do not fit the model's context of {context}")
+    if c.method == "rl":
+        return question, longest
+    refuse(longest > c.prompt_tokens,
+           f"a seed prompt of {longest} tokens leaves none of --prompt-tokens {c.prompt_tokens} to evolve it in")
+    if longest > c.prompt_tokens / 2:
         say(f"note: the seed prompt takes {longest} of --prompt-tokens {c.prompt_tokens}, which leaves little room for examples")
-    return question, longest if c.method == "rl" else min(c.prompt_tokens, context - c.max_new_tokens - question)
+    return question, min(c.prompt_tokens, context - c.max_new_tokens - question)
 
 
 def load_reflector(c, *own):
     """Who rewrites: (model, tokenizer, number of weights beyond the run's own). own: the first two for self and base."""
-    separate = c.method != "rl" and c.reflector not in ("self", "base")
+    if c.method == "rl":
+        return *own, 0
+    separate = c.reflector not in ("self", "base")
     reflector, tokenizer = load(c.reflector, c.device, getattr(torch, c.dtype)) if separate else own
-    if tokenizer.turn_end is None:
-        raise ValueError(f"{c.reflector} names no token that ends an answer: its tokenizer needs an eos_token")
-    if c.method != "rl" and c.reflection_tokens >= (context := reflector.config.context_length):
-        raise ValueError(f"--reflection-tokens {c.reflection_tokens} leaves nothing of the reflector's context of {context} to reflect on")
+    context = reflector.config.context_length
+    refuse(tokenizer.turn_end is None, f"{c.reflector} names no token that ends an answer: its tokenizer needs an eos_token")
+    refuse(c.reflection_tokens >= context,
+           f"--reflection-tokens {c.reflection_tokens} leaves nothing of the reflector's context of {context} to reflect on")
     return reflector, tokenizer, separate * count_weights(reflector)
 
 
@@ -930,8 +928,7 @@ def describe(row):
 
 def read_text(path):
     """A run folder may be a stranger's: what is no regular file is not opened, as a pipe would never end."""
-    if not os.path.isfile(path):
-        raise ValueError("it is not a file" if os.path.exists(path) else "there is no such file")
+    refuse(not os.path.isfile(path), "it is not a file" if os.path.exists(path) else "there is no such file")
     return Path(path).read_text(encoding="utf-8")
 
 
@@ -1005,8 +1002,7 @@ def read_seed_prompt(value):
     if os.path.isfile(value):
         with reading(f"--seed-prompt {value}"):
             text = read_text(value).removeprefix("\ufeff").strip()
-            if value.endswith(".json") and not isinstance(json.loads(text or "{}"), dict):
-                raise ValueError("not a JSON object")
+            refuse(value.endswith(".json") and not isinstance(json.loads(text or "{}"), dict), "not a JSON object")
         if not text:
             raise ValueError(f"--seed-prompt {value} is an empty file")
     elif re.fullmatch(r"\S*/\S*|\S+\.(txt|md|json)", value):
@@ -1103,8 +1099,7 @@ def open_run(config, overwrite):
     # 4. A new run: other people's files are refused, a run's own deleted.
     known = {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else {"lock"}
     strangers = {p.name for p in folder.iterdir()} - known
-    if strangers:
-        raise ValueError(f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
+    refuse(strangers, f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
     for pattern in ("state/*", "curves.png", *Run.JOURNALS, "checkpoint/*"):      # the last may be of another model, with other files
         for file in folder.glob(pattern):
             file.unlink()
@@ -1156,12 +1151,11 @@ def open_folder(folder, changes={}):
     path = Path(folder) / "checkpoint" / "prompts.json"
     with reading(path):
         population = reflect.Population.from_json(json.loads(read_text(path)))
-        if not population.candidates:
-            raise ValueError("it holds no prompt")
+        refuse(not population.candidates, "it holds no prompt")
     run = Run(c, Path(folder) / "checkpoint")
     run.population = population
-    if run.model.config.vocab_size != run.base.config.vocab_size:
-        raise ValueError(f"{folder}: its checkpoint's vocabulary is not that of {c.model}")
+    refuse(run.model.config.vocab_size != run.base.config.vocab_size,
+           f"{folder}: its checkpoint's vocabulary is not that of {c.model}")
     return run
 
 
@@ -1179,8 +1173,7 @@ def main(argv=None):
         for action in ("eval", "plot", "show_prompts"):
             unused = given.keys() - (EVAL_FLAGS if action == "eval" else set())
             unused |= {name for name in actions if actions[name] and name != action}
-            if actions[action] and unused:
-                raise ValueError(f"{', '.join(map(flag, sorted(unused)))} does not go with {flag(action)}")
+            refuse(actions[action] and unused, f"{', '.join(map(flag, sorted(unused)))} does not go with {flag(action)}")
         if actions["plot"]:
             plot(actions["plot"], Path(actions["plot"][0]) / "curves.png")
             print(f"drawn: {Path(actions['plot'][0]) / 'curves.png'}")

@@ -28,6 +28,7 @@ import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
+from model import refuse
 from rollout import NUMBER, Context, Example, extract_answer, same_answer
 
 OPERATORS = ("rewrite", "lesson", "example", "brief", "merge")           # `propose` leaves out the first or the last
@@ -133,8 +134,8 @@ def pareto_frontier(scores):
 
     On it is a candidate that attains the best score of at least one problem (in a tie, all do) and is not dominated. b dominates
     a if it was measured wherever a was, is nowhere worse there, and somewhere better. Equal rows do not dominate each other."""
-    if len(lengths := {len(row) for row in scores}) > 1:
-        raise ValueError(f"the candidates' scores are of different lengths: {sorted(lengths)} problems")
+    refuse(len(lengths := {len(row) for row in scores}) > 1,
+           f"the candidates' scores are of different lengths: {sorted(lengths)} problems")
     best = best_scores(scores)
 
     def dominates(b, a):
@@ -183,21 +184,15 @@ MARKUP = re.compile(r"<\|.*?\|>|</?think>")               # a prompt that held i
 
 def parse_rewrite(reply, stopped=True):
     """The reflector's reply -> the text of its last closed fence outside its thoughts; ValueError says why there is none."""
-    if not stopped:
-        raise ValueError("cut off at the limit")
+    refuse(not stopped, "cut off at the limit")
     answer = printable(reply).rpartition("</think>")[2]   # a template may open the thoughts itself: only their end is sure
-    if "<think>" in answer:
-        raise ValueError("its thoughts do not end")
+    refuse("<think>" in answer, "its thoughts do not end")
     parts = answer.split("```")
-    if len(parts) < 3:
-        raise ValueError("no closed fence")
-    if len(parts) % 2 == 0:
-        raise ValueError("its last fence is not closed")
+    refuse(len(parts) < 3, "no closed fence")
+    refuse(len(parts) % 2 == 0, "its last fence is not closed")
     text = re.sub(r"^\w*\n", "", parts[-2]).strip()       # the fence's first line may name a language
-    if not text:
-        raise ValueError("empty")
-    if MARKUP.search(text):
-        raise ValueError("holds the chat template's own markup")
+    refuse(not text, "empty")
+    refuse(MARKUP.search(text), "holds the chat template's own markup")
     return text
 
 
@@ -326,8 +321,7 @@ class Search:
     """One call of `evolve`."""
 
     def __init__(self, population, anchors, ask, write, likelihood, count_tokens, budget, step, seed, prompt_tokens):
-        if not anchors:
-            raise ValueError("there are no anchor problems to evolve prompts on")
+        refuse(not anchors, "there are no anchor problems to evolve prompts on")
         self.population, self.ask, self.write, self.likelihood, self.count_tokens = population, ask, write, likelihood, count_tokens
         self.budget, self.step, self.prompt_tokens, self.spent, self.calls = budget, step, prompt_tokens, 0, 0
         self.rng = random.Random(f"{seed} {step}")
@@ -539,14 +533,11 @@ class Search:
         try:
             system = parse_rewrite(reply, stopped)
             context = Context(system, parent.context.examples)
-            if system.split() == parent.context.system.split():
-                raise ValueError("unchanged")
-            if content(context) in self.seen:
-                raise ValueError("proposed before")
-            if (size := self.count_tokens(context)) > self.prompt_tokens:
-                raise ValueError(f"too long: {size} tokens with its examples")
-            if found := leaks(system, self.anchors) - leaks(parent.context.system, self.anchors) - self.labels:
-                raise ValueError(f"copies the {', '.join(sorted({kind for _, kind in found}))} of an anchor problem")
+            refuse(system.split() == parent.context.system.split(), "unchanged")
+            refuse(content(context) in self.seen, "proposed before")
+            refuse((size := self.count_tokens(context)) > self.prompt_tokens, f"too long: {size} tokens with its examples")
+            refuse(found := leaks(system, self.anchors) - leaks(parent.context.system, self.anchors) - self.labels,
+                   f"copies the {', '.join(sorted({kind for _, kind in found}))} of an anchor problem")
         except ValueError as error:
             self.population.operators["rewrite"][1] += 1
             return self.add(Context(printable(reply)[:2000], parent.context.examples), parent, "rewrite", "rejected", str(error))

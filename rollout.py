@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Layout, TokenLogprobs, aligned, attention, cache_folder, out_of_memory, reading, replace_file
+from model import Layout, TokenLogprobs, aligned, attention, cache_folder, out_of_memory, reading, refuse, replace_file
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,7 @@ class Task:
     seed_prompt = "You are a helpful assistant."
 
     def __init__(self, argument="", level=1, data=None):
-        if level not in range(1, self.levels + 1):
-            raise ValueError(f"task {self.name} has no level {level}: its highest is {self.levels}")
+        refuse(level not in range(1, self.levels + 1), f"task {self.name} has no level {level}: its highest is {self.levels}")
         self.name += f":{Path(argument).stem}" * bool(argument)
         label = self.name + (f"-{level}" if self.levels > 1 else "")
         rows, questions = self.rows(argument, level, data), set()
@@ -324,21 +323,19 @@ def parse_row(line):
         row = json.loads(line.decode("utf-8-sig"), parse_int=Decimal, parse_float=Decimal)
     except json.JSONDecodeError as error:
         raise ValueError(f"not a JSON object on a line of its own: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+    refuse(not isinstance(row, dict), "not a JSON object")
     texts = ["" if row.get(key) is None else row[key] for key in ("question", "answer", "solution", "split")]
     texts[1] = str(texts[1]) if isinstance(texts[1], Decimal) else texts[1]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("'question', 'answer', 'solution' and 'split' must be texts ('answer' may be a number)")
+    refuse(not all(isinstance(text, str) for text in texts),
+           "'question', 'answer', 'solution' and 'split' must be texts ('answer' may be a number)")
     "".join(texts).encode()                 # half a surrogate pair fails here, not later in the tokenizer
     question, answer, solution, split = map(str.strip, texts)
     if "####" in answer:                    # steps and answer in one, as in GSM8K; its <<sums>> are left out
         solution, answer = solution or re.sub(r"<<.*?>>", "", answer), extract_answer(answer) or ""
     answer = " ".join(answer.split())
-    if not plain(question) or not plain(answer):
-        raise ValueError(f"'question' or 'answer' is missing or empty, of {', '.join(row) or 'nothing'}")
-    if split not in ("", "train", "val", "test"):
-        raise ValueError(f"'split' must be train, val or test, not {split!r:.40}")
+    refuse(not plain(question) or not plain(answer),
+           f"'question' or 'answer' is missing or empty, of {', '.join(row) or 'nothing'}")
+    refuse(split not in ("", "train", "val", "test"), f"'split' must be train, val or test, not {split!r:.40}")
     if solution and not same_answer(answer, extract_answer(solution) or ""):
         solution += f"\n#### {answer}"
     return question, answer, solution, split
@@ -416,8 +413,8 @@ class ReasoningGym(Task):
         except ImportError as error:
             raise ValueError("task rg:NAME needs a package: pip install reasoning-gym") from error
         self.source = reasoning_gym.create_dataset(argument, seed=0, size=1600)
-        if re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(type(self.source))):
-            raise ValueError(f"rg:{argument} is refused: it runs text as Python code, a model's answer perhaps")
+        refuse(re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(type(self.source))),
+               f"rg:{argument} is refused: it runs text as Python code, a model's answer perhaps")
         self.entries = {entry["question"]: entry for entry in self.source
                         if isinstance(entry["answer"], str) and "\n" not in entry["answer"]}
         rows, n = [(question, entry["answer"]) for question, entry in self.entries.items()], len(self.entries) // 8
@@ -436,8 +433,8 @@ TASKS = {task.name: task for task in (Arithmetic, GSM8K, JSONL, Star, CodeIO, Re
 def get_task(name, level=1, data=None, seed_prompt=None):
     """The task `name`: a key of TASKS, with its argument where it takes one. data: the folder of gsm8k's files."""
     kind, _, argument = name.partition(":")
-    if kind not in TASKS or bool(argument) != bool(TASKS[kind].argument):
-        raise ValueError(f"unknown task {name!r}: known are " + ", ".join(k + t.argument for k, t in TASKS.items()))
+    refuse(kind not in TASKS or bool(argument) != bool(TASKS[kind].argument),
+           f"unknown task {name!r}: known are " + ", ".join(k + t.argument for k, t in TASKS.items()))
     task = TASKS[kind](argument, level, data)
     task.seed_prompt = task.seed_prompt if seed_prompt is None else seed_prompt
     return task
@@ -624,10 +621,8 @@ class Sampler:
         prompts = [tuple(prompt) for prompt in prompts]
         context = self.model.config.context_length
         for prompt in prompts:
-            if not 0 < len(prompt) < context:
-                raise ValueError(f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}")
-        if max_new_tokens < 1 or temperature < 0:
-            raise ValueError(f"cannot sample {max_new_tokens} tokens at temperature {temperature}")
+            refuse(not 0 < len(prompt) < context, f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}")
+        refuse(max_new_tokens < 1 or temperature < 0, f"cannot sample {max_new_tokens} tokens at temperature {temperature}")
         greedy = [temperature == 0 or most_likely for most_likely in greedy or [False] * len(prompts)]
         slots = min(self.slots, len(prompts))
         while prompts:
