@@ -50,10 +50,6 @@ from rollout import TASKS, Context, Sampler, ask, divergence, examine, get_task,
 # 1. Configuration: one flag per field
 
 
-def setting(default, meaning, source="ours"):
-    return dataclasses.field(default=default, metadata={"help": meaning, "source": source})
-
-
 REFUSALS = 5              # the run ends after so many updates in a row that are not finite
 LEAST_MICRO_BATCH = 64    # tokens
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
@@ -62,13 +58,15 @@ SLOW, EVALUATE, EVOLVE, REFLECT = 1, 2, 3, 4      # in the seeds of the sampler:
 RESUME_FLAGS = {"micro_batch", "slots", "memory", "out"}  # may be others when a run is resumed: they change no more than rounding
 EVAL_FLAGS = {"task", "level", "data", "seed_prompt", "max_new_tokens", "device", "slots", "micro_batch", "eval_problems",
               "eval_samples"}                             # settings of a run that --eval may override
-MOST = 1_000_000          # of any setting that LIMITS does not name: a configuration may come from a stranger
-LIMITS = {"lr": 1, "seed": math.inf, "cap": math.inf, "clip": math.inf, "memory": math.inf}
-MAY_BE_ZERO = {"seed", "warmup", "kl", "eval_every", "micro_batch"}
+MOST = 1_000_000          # of any number that names no limit of its own: a configuration may come from a stranger
 STATE = "state/state.safetensors"                         # in a run's folder
 METHODS = ("fst", "rl", "gepa", "distill", "rl+gepa", "gepa+rl")
 LOSSES = {"cispo": (0.0, None), "grpo": (0.8, 1.2), "dapo": (0.8, 1.28), "dr_grpo": (0.8, 1.2)}       # clip range; None: --cap
-CHOICES = {"method": METHODS, "loss": LOSSES, "dtype": ("auto", "float32", "bfloat16")}
+
+
+def setting(default, meaning, source="ours", choices=None, zero=False, most=MOST):
+    """A field that is a flag: a text, one of `choices` if given; or a number above 0 (zero: or 0 itself) and at most `most`."""
+    return dataclasses.field(default=default, metadata={"help": meaning, "source": source, "choices": choices, "zero": zero, "most": most})
 
 
 @dataclass
@@ -76,14 +74,15 @@ class Config:
     # what is learnt, by whom
     task: str = setting("arithmetic", f"one of {', '.join(TASKS)}, with its argument (jsonl:FILE); or several, a,b,c, in turn")
     level: int = setting(1, "difficulty of a generated task")
-    method: str = setting("fst", f"one of {', '.join(METHODS)}", "paper: fst")
+    method: str = setting("fst", f"one of {', '.join(METHODS)}", "paper: fst", choices=METHODS)
     model: str = setting("auto", "a Hub id, a Hugging Face directory, a .gguf file, or smollm2-135m")
     why_model: str = ""                                   # no flag: why this model, for the record
     seed_prompt: str = setting("", "to start from, a text or a file: a system prompt, or JSON with examples; empty: the task's own")
     data: str = setting("", "folder of the task's data; empty: $FST_DATA, the cache, a download")
-    seed: int = setting(0, "of everything random")
+    seed: int = setting(0, "of everything random", zero=True, most=math.inf)
     device: str = setting("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
-    dtype: str = setting("auto", "float32 or bfloat16, of all but the master weights; auto: on a CPU the faster, else bfloat16")
+    dtype: str = setting("auto", "float32 or bfloat16, of all but the master weights; auto: on a CPU the faster, else bfloat16",
+                         choices=("auto", "float32", "bfloat16"))
     # the cycle
     steps: int = setting(None, "slow steps, for each task", "paper: not known; ours by device and task")
     cycle: int = setting(6, "T: slow steps in a cycle", "paper")
@@ -95,16 +94,17 @@ class Config:
     temperature: float = setting(1.0, "of the rollouts that train; no truncation, so that the loss knows the sampling policy")
     slots: int = setting(None, "rows decoded at once", "ours by device")
     # slow weights
-    loss: str = setting("cispo", f"one of {', '.join(LOSSES)}", "paper")
-    cap: float = setting(4.0, "CISPO's cap on the importance weight", "paper")
+    loss: str = setting("cispo", f"one of {', '.join(LOSSES)}", "paper", choices=LOSSES)
+    cap: float = setting(4.0, "CISPO's cap on the importance weight", "paper", most=math.inf)
     lr: float = setting(4e-5, "AdamW's learning rate at its highest; it falls linearly towards 0 over a task's steps",
-                        "paper: not known; SmolLM2 learns well at it, larger models want less")
-    clip: float = setting(1.0, "largest norm of the gradient", "usual")
-    warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps")
-    kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours")
+                        "paper: not known; SmolLM2 learns well at it, larger models want less", most=1)
+    clip: float = setting(1.0, "largest norm of the gradient", "usual", most=math.inf)
+    warmup: int = setting(None, "updates of linear warm-up", "paper: 10; ours at most a quarter of the steps", zero=True)
+    kl: float = setting(0.001, "coefficient of the KL to the base model", "paper; how it enters the loss is ours", zero=True)
     micro_batch: int = setting(None, "tokens in one forward and backward pass; auto (0): as many, and as many slots, as fit",
-                               "ours: auto; 1280 where arithmetic trains on a CPU")
-    memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU")
+                               "ours: auto; 1280 where arithmetic trains on a CPU", zero=True)
+    memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU",
+                            most=math.inf)
     # fast weights
     passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems: up to 2 only measure, 5 search", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device, task and method")
@@ -113,7 +113,7 @@ class Config:
                              "paper: another frozen model")
     # evaluation and files
     eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, at a task's end and, with gepa and the two orders, after a fast phase",
-                              "ours: the cycle's length")
+                              "ours: the cycle's length", zero=True)
     eval_problems: int = setting(None, "problems in an evaluation; of the test problems twice as many", "ours by device")
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
     save_every: int = setting(None, "slow steps between saved states", "ours: the cycle's length")
@@ -139,8 +139,9 @@ def resolve(config):
     names = c.task.split(",")
     for name in names:
         refuse(name.partition(":")[0] not in TASKS, f"unknown task {name!r}: known are {', '.join(TASKS)}")
-    for field, known in CHOICES.items():
-        refuse(getattr(c, field) not in known, f"unknown {flag(field)} {getattr(c, field)!r}: known are {', '.join(known)}")
+    for field in FLAGS:
+        value, known = getattr(c, field.name), field.metadata["choices"] or ()
+        refuse(known and value not in known, f"unknown {flag(field.name)} {value!r}: known are {', '.join(known)}")
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if c.device == "auto":
         c.device = "cuda" if cards else "cpu"
@@ -169,11 +170,10 @@ def resolve(config):
     c.why_model = c.why_model or "as asked"
     c.out = c.out or f"runs/{c.task.translate(str.maketrans(':/,', '--+'))}-{c.method}-{c.seed}"
     refuse(os.path.exists(c.out) and not os.path.isdir(c.out), f"--out {c.out} is no folder")
-    for name in [field.name for field in FLAGS if field.type is not str]:
-        value, most = getattr(c, name), LIMITS.get(name, MOST)
-        refuse(not (value > 0 or value == 0 and name in MAY_BE_ZERO),
-               f"{flag(name)} must {'not be negative' if name in MAY_BE_ZERO else 'be above 0'}, and is {value}")
-        refuse(value > most, f"{flag(name)} must be at most {most:,}")
+    for field in [field for field in FLAGS if field.type is not str]:
+        value, zero, most = getattr(c, field.name), field.metadata["zero"], field.metadata["most"]
+        refuse(not (value > 0 or value == 0 and zero), f"{flag(field.name)} must {'not be negative' if zero else 'be above 0'}, and is {value}")
+        refuse(value > most, f"{flag(field.name)} must be at most {most:,}")
     for one, other in (("batch", "group"), ("eval_problems", "eval_samples")):
         refuse(getattr(c, one) * getattr(c, other) > MOST, f"{flag(one)} times {flag(other)} must be at most {MOST:,}")
     refuse(c.method not in ("rl", "gepa") and c.group % c.prompts,
