@@ -1044,7 +1044,7 @@ def stored_config(folder, changes={}):
     """The configuration of a run as asked for and as resolved, this one checked like flags: the folder may be a stranger's.
     changes: of the second; on another device the memory is that device's default."""
     path = Path(folder) / "config.json"
-    with reading(path):
+    with reading(f"{path} with {', '.join(map(flag, changes))}" if changes else path):
         stored = json.loads(read_text(path))
         asked, resolved = Config(**stored["asked"]), Config(**stored["resolved"])
         for field in dataclasses.fields(Config):
