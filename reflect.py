@@ -403,7 +403,7 @@ class Search:
         formed = candidate.formed[self.step].values()
         return (sum(formed) + 2) / (len(formed) + 4)
 
-    def chance(self, candidate):
+    def form_and_likelihood(self, candidate):
         """What ranks prompts under which nothing is right: not a probability, but the log of a share in form plus a log-prob a token.
         A right answer takes both. Form alone prefers examples without working, under which solutions are unlikely; likelihood alone
         prefers few examples on GSM8K, under which half of the answers lose the form."""
@@ -477,9 +477,10 @@ class Search:
         return sorted(problems, key=lambda p: parent.scores[self.step].get(p.id, 0.5))[:MINIBATCH]
 
     def promise(self, candidate):
-        """A key to sort by: the estimate, then the likelihood of known solutions; where the estimate cannot be told from 0, `chance`."""
+        """A key to sort by: the estimate, then the likelihood of known solutions; where the estimate cannot be told from 0, that with
+        the form."""
         estimate = self.estimate(candidate)
-        return (0.0, self.chance(candidate)) if self.unsolved(estimate) else (estimate, self.known_logprob(candidate))
+        return (0.0, self.form_and_likelihood(candidate)) if self.unsolved(estimate) else (estimate, self.known_logprob(candidate))
 
     def draw_parents(self):
         pool = sorted(self.contenders, key=self.promise, reverse=True)                        # of equal means the first is favoured
@@ -640,10 +641,10 @@ class Search:
 
         # 1. Tied with the best are those within two standard errors of it: a lucky 2 of 48 is no better than 0 of 48. Of them the one
         #    under which known solutions are likeliest leads: likelihood tells few worked examples from many, which so few rewards
-        #    cannot. Where 0 is level, too, `chance` decides. Only a candidate measured on all anchors can lead.
+        #    cannot. Where 0 is level, too, `form_and_likelihood` decides. Only a candidate measured on all anchors can lead.
         top = max(map(mean.get, complete), default=0.0)
         tied = {c for c in complete if mean[c] >= top - self.margin(top)}
-        likely = self.chance if self.unsolved(top) else self.known_logprob
+        likely = self.form_and_likelihood if self.unsolved(top) else self.known_logprob
         rank = lambda c: (c in tied, likely(c) if c in tied else 0, mean[c])
 
         # 2. A prompt less than half as good as the best would waste the rollouts that it gets: a better one takes its place, even a

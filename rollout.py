@@ -609,7 +609,7 @@ class Sampler:
         self.cuda = model.embedding.device.type == "cuda"
         self.room = 128 if self.cuda else 16                                                  # tokens that the cache grows by
         # Tokens from one asking to the next; divides `room`: on a GPU rows leave where an asking falls on a full cache.
-        self.patience = 16 if self.cuda else 1
+        self.check_every = 16 if self.cuda else 1
 
     def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None, greedy=None):
         """prompts: token ids -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
@@ -667,7 +667,7 @@ class Sampler:
                     else:
                         self.decode(blocks)
                     for block in blocks:
-                        if (block.count - 1) % self.patience == 0 or block.count == max_new_tokens:
+                        if (block.count - 1) % self.check_every == 0 or block.count == max_new_tokens:
                             alive = self.end[block.row] == 0
                             if not alive.any() or not alive.all() and (not self.cuda or block.full()):
                                 bar.update(int((~alive).sum()))

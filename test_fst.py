@@ -1401,13 +1401,13 @@ class Tape(TorchDispatchMode):
         self.ran, Tape.replays = True, Tape.replays + 1
 
 
-def captured(ours, tokenizer, monkeypatch, slots, room=8, patience=4):
+def captured(ours, tokenizer, monkeypatch, slots, room=8, check_every=4):
     """A Sampler that works as it does on CUDA, its graphs being tapes."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", Tape)
     Tape.captures = Tape.replays = 0
     sampler = Sampler(ours, tokenizer, slots)
-    sampler.cuda, sampler.room, sampler.patience = True, room, patience
+    sampler.cuda, sampler.room, sampler.check_every = True, room, check_every
     for owner, name in ((rollout.Block, "grow"), (sampler, "admit")):
         def without_a_graph(*arguments, function=getattr(owner, name)):
             assert sampler.graph is None                   # it would hold its memory meanwhile
@@ -1442,12 +1442,12 @@ def test_the_sampler_equals_sampling_by_hand(pair, monkeypatch, temperature, gre
 
 
 def test_on_a_gpu_sampling_ends_soon_after_the_last_row(tiny, monkeypatch):
-    """Though rows leave one by one only where the cache grows: with up to `patience` tokens too many, of 200 allowed."""
+    """Though rows leave one by one only where the cache grows: with up to `check_every` tokens too many, of 200 allowed."""
     ours, tokenizer, _ = tiny
     tokenizer = SimpleNamespace(stop_ids=tuple(range(0, 1100, 5)))
     prompts = [tuple(random_ids(5, i)) for i in range(6)]
     longest = max(len(c.tokens) for c in Sampler(ours, tokenizer).generate(prompts, 200, seed=1))
-    sampler, steps = captured(ours, tokenizer, monkeypatch, 64, room=128, patience=16), []
+    sampler, steps = captured(ours, tokenizer, monkeypatch, 64, room=128, check_every=16), []
     monkeypatch.setattr(sampler, "decode", lambda blocks: (steps.append(1), Sampler.decode(sampler, blocks)))
     sampler.generate(prompts, 200, seed=1)
     assert longest > 17 and longest - 1 <= len(steps) < longest + 16
@@ -1506,9 +1506,9 @@ def test_neighbours_slots_and_order_do_not_matter(tiny):
     tokenizer = SimpleNamespace(stop_ids=tuple(range(0, 1100, 23)))
     prompts = [tuple(prompt) for prompt, _ in rows_that_share()]
     whole = Sampler(ours, tokenizer).generate(prompts, 50, seed=5)
-    for slots, patience in ((1, 1), (5, 1), (5, 16), (64, 16)):
+    for slots, check_every in ((1, 1), (5, 1), (5, 16), (64, 16)):
         sampler = Sampler(ours, tokenizer, slots)
-        sampler.patience = patience
+        sampler.check_every = check_every
         assert [c.tokens for c in sampler.generate(prompts, 50, seed=5)] == [c.tokens for c in whole]
     order = random.Random(0).sample(range(len(prompts)), len(prompts))
     shuffled = Sampler(ours, tokenizer).generate([prompts[i] for i in order], 50, seed=5)
@@ -4437,7 +4437,7 @@ def test_where_nothing_is_right_four_children_answer_a_quarter_before_one_answer
 
 
 def test_of_prompts_that_solve_nothing_the_one_of_best_chance_is_parent():
-    """`chance`: the log of the share in form, 46 of 48 counting as 48 of 52, plus the mean log-prob of known solutions. Parents are drawn
+    """`form_and_likelihood`: the log of the share in form, 46 of 48 counting as 48 of 52, plus the mean log-prob of known solutions. Parents are drawn
     by it where nobody has any right answer."""
     search = searching("first", "second")
     first, second = search.candidates
