@@ -4436,7 +4436,7 @@ def test_where_nothing_is_right_four_children_answer_a_quarter_before_one_answer
     assert {c.context.system for c in search.contenders} == {"parent", *winners} and not winners & {c.context.system for c in search.waiting}
 
 
-def test_of_prompts_that_solve_nothing_the_one_of_best_chance_is_parent():
+def test_of_prompts_that_solve_nothing_the_one_of_best_form_and_likelihood_is_parent():
     """`form_and_likelihood`: the log of the share in form, 46 of 48 counting as 48 of 52, plus the mean log-prob of known solutions. Parents are drawn
     by it where nobody has any right answer."""
     search = searching("first", "second")
@@ -4445,7 +4445,7 @@ def test_of_prompts_that_solve_nothing_the_one_of_best_chance_is_parent():
         c.scores = {0: {p.id: 0.0 for p in problems(48)}}
         c.formed = {0: {p.id: i < formed for i, p in enumerate(problems(48))}}
     search.probe_logprobs = {first.context: [-1.0, -1.8], second.context: [-0.5, -0.7]}
-    assert search.chance(first) == pytest.approx(math.log(48 / 52) - 1.4) and search.chance(second) == pytest.approx(math.log(12 / 52) - 0.6)
+    assert search.form_and_likelihood(first) == pytest.approx(math.log(48 / 52) - 1.4) and search.form_and_likelihood(second) == pytest.approx(math.log(12 / 52) - 0.6)
     assert [c.context.system for c in search.draw_parents()] == ["first"] and search.promise(first) > search.promise(second)
     search.probe_logprobs[first.context] = [-2.0, -2.4]
     assert [c.context.system for c in search.draw_parents()] == ["second"]
