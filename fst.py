@@ -170,6 +170,14 @@ def resolve(config):
     c.why_model = c.why_model or "as asked"
     c.out = c.out or f"runs/{c.task.translate(str.maketrans(':/,', '--+'))}-{c.method}-{c.seed}"
     refuse(os.path.exists(c.out) and not os.path.isdir(c.out), f"--out {c.out} is no folder")
+    refuse_nonsense(c)
+    if c.dtype == "auto":                                 # last, as measuring takes a moment
+        c.dtype = max(cpu_speed(), key=cpu_speed().get) if cpu else "bfloat16"
+    return c
+
+
+def refuse_nonsense(c):
+    """The limits of each number, and what goes together."""
     for field in [field for field in FLAGS if field.type is not str]:
         value, zero, most = getattr(c, field.name), field.metadata["zero"], field.metadata["most"]
         refuse(not (value > 0 or value == 0 and zero), f"{flag(field.name)} must {'not be negative' if zero else 'be above 0'}, and is {value}")
@@ -183,9 +191,6 @@ def resolve(config):
            "--group 1 leaves a rollout nothing to be compared with, and every advantage 0: it must be at least 2")
     refuse(c.method != "rl" and c.passes < 1,
            f"--passes {c.passes} does not even measure one prompt on the cycle's problems: it must be at least 1")
-    if c.dtype == "auto":                                 # last, as measuring takes a moment
-        c.dtype = max(cpu_speed(), key=cpu_speed().get) if cpu else "bfloat16"
-    return c
 
 
 def count_weights(model):
@@ -440,7 +445,7 @@ def steps_of(config, cycle):
 
 
 def tasks_of(c, trained=False):
-    """The configuration's tasks, in turn. Two of the same name are refused; so is, unless the run is already trained, a task that
+    """The configuration's tasks, in turn. Two different ones of one name are refused; so is, unless the run is already trained, a task that
     has less than a batch of training problems."""
     tasks = [get_task(name, c.level, c.data, c.seed_prompt or None) for name in c.task.split(",")]
     refuse(len({task.name for task in tasks}) < len(set(c.task.split(","))),
@@ -557,10 +562,12 @@ class Run:
         self.spent["slow_tokens"] += tokens
         head = {"task": self.tasks[task].name, "step": self.steps_done() + 1}
         ids = {x.context: x.id for x in self.population.candidates}
-        # to read: of one group an answer under the first prompt, of the next one under the second, and so on
+        # to read: of one group an answer under the first prompt, of the next under the second, and so on; after the last prompt's a group
+        # is passed over (in plain RL every second)
+        shown = list(zip(jobs, rollouts))[::c.group + c.group // len(contexts)]
         self.journal("rollouts.jsonl", *[{**head, "problem": r.problem.id, "prompt": ids.get(context), "question": r.problem.question,
                                           "text": r.text, "reward": r.reward, "feedback": r.feedback, "stopped": r.stopped}
-                                         for (context, _), r in list(zip(jobs, rollouts))[::c.group + c.group // len(contexts)]])
+                                         for (context, _), r in shown])
         return {"kind": "step", **head, "reward": rewards.mean().item(),
                 "flat": (rewards == rewards[:, :1]).all(1).float().mean().item(),
                 "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts),
@@ -636,20 +643,26 @@ class Run:
         if reference:
             row["kl_reference"] = float(sums["kl_reference"]) / sum(lengths[i] for i in reference)
         row |= {"gradient_norm": self.learner.clip(c.clip), "lr": self.learner.rate()}
+        row = self.update(row)
+        return {"trained_rows": len(rollouts), "updates": self.learner.updates, **row}
+
+    def update(self, row):
+        """One step of AdamW; where the loss or the gradient is not finite none, which is better than weights of NaN. row: what is logged
+        of this update, given back as it then is."""
         bad = [key.replace("_", " ") for key in ("loss", "gradient_norm") if not math.isfinite(row[key])]
-        if bad:                                           # better no update than weights of NaN
+        if bad:
             self.learner.discard()
             self.refused += 1
             row = {key: value for key, value in row.items() if math.isfinite(value)}
             row |= {"refused": f"the {bad[0]} is not finite", "refusals": self.refused}
             say(f"{row['refused']}: update refused ({self.refused} in a row)")
-        else:
-            self.learner.update()
-            self.refused = 0
-            if not self.learner.finite():                 # after a finite gradient only a damaged machine or file can cause this
-                raise FloatingPointError(f"the weights are not finite after update {self.learner.updates}: "
-                                         "the last good state is on disk, and the same command resumes from it")
-        return {"trained_rows": len(rollouts), "updates": self.learner.updates, **row}
+            return row
+        self.learner.update()
+        self.refused = 0
+        if not self.learner.finite():                     # after a finite gradient only a damaged machine or file can cause this
+            raise FloatingPointError(f"the weights are not finite after update {self.learner.updates}: "
+                                     "the last good state is on disk, and the same command resumes from it")
+        return row
 
     def within_memory(self, train):
         """train(); where memory does not suffice, once more from its start with micro-batches of half the tokens: the split does not
@@ -1117,7 +1130,7 @@ def check(config):
     print(f"{'why this model':18} {c.why_model}")
     model, tokenizer = load(c.model)
     question, prompt = room_for_prompts(c, tasks, tokenizer, model.config.context_length)
-    *_, more = load_reflector(c, model, tokenizer)
+    *_, more = load_reflector(dataclasses.replace(c, device="cpu"), model, tokenizer)      # to count its weights
     weights, m = count_weights(model), model.config
     phases = schedule(c)
     steps = sum(kind == "slow" for kind, _, _ in phases)

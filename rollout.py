@@ -139,7 +139,7 @@ def same_answer(reference, given, fold_case=True):
 class Task:
     """Problems in three splits that share no question, and their grader. A task has a `name`, and `rows(argument, level, data)` gives
     {"train", "val", "test": [(question, answer, or also its solution)]}."""
-    argument = ""                                   # what follows the name, such as ":FILE"
+    takes = ""                                      # what follows the name, such as ":FILE"
     levels = 1                                      # the highest --level
     asked = "the answer and nothing else"           # what is to follow "####", for the feedback
     fold_case = True                                # whether A is as good as a there
@@ -354,7 +354,7 @@ def read_jsonl(path):
 
 class JSONL(Task):
     """Lines that name no split are shared out 80/10/10 by a hash of the question: a new line never moves another."""
-    name, argument = "jsonl", ":FILE"
+    name, takes = "jsonl", ":FILE"
 
     def rows(self, argument, level, data):
         if not os.path.isfile(argument):        # a pipe or a device may never end
@@ -405,7 +405,7 @@ class GSM8K(Task):
 
 class ReasoningGym(Task):
     """Any reasoning-gym data set with answers of one line: reward 1 where its own score is 1, no partial credit."""
-    name, argument = "rg", ":NAME"
+    name, takes = "rg", ":NAME"
 
     def rows(self, argument, level, data):
         try:
@@ -433,8 +433,8 @@ TASKS = {task.name: task for task in (Arithmetic, GSM8K, JSONL, Star, CodeIO, Re
 def get_task(name, level=1, data=None, seed_prompt=None):
     """The task `name`: a key of TASKS, with its argument where it takes one. data: the folder of gsm8k's files."""
     kind, _, argument = name.partition(":")
-    refuse(kind not in TASKS or bool(argument) != bool(TASKS[kind].argument),
-           f"unknown task {name!r}: known are " + ", ".join(k + t.argument for k, t in TASKS.items()))
+    refuse(kind not in TASKS or bool(argument) != bool(TASKS[kind].takes),
+           f"unknown task {name!r}: known are " + ", ".join(k + t.takes for k, t in TASKS.items()))
     task = TASKS[kind](argument, level, data)
     task.seed_prompt = task.seed_prompt if seed_prompt is None else seed_prompt
     return task
@@ -612,13 +612,13 @@ class Sampler:
         self.check_every = 16 if self.cuda else 1
 
     def generate(self, prompts, max_new_tokens=256, temperature=1.0, seed=0, progress=None, greedy=None):
-        """prompts: token ids -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
+        """prompts: token ids, or texts -> a Completion each, in their order. Repeat a prompt to draw several samples of it.
         greedy: for each prompt, whether to take the most likely token every time; None: for none, or at temperature 0 for all.
         progress: a label for a progress bar, or None.
 
         A row's randomness is a function of (seed, its prompt, how many equal prompts stand before it), one uniform per token,
         drawn ahead: who else is in the batch changes a row by the arithmetic's rounding at most."""
-        prompts = [tuple(prompt) for prompt in prompts]
+        prompts = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in prompts]
         context = self.model.config.context_length
         for prompt in prompts:
             refuse(not 0 < len(prompt) < context, f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}")

@@ -1954,6 +1954,12 @@ def test_the_slow_phases_rollouts_score_its_prompts(tiny_run):
     assert [c.to_json() for c in run.population.candidates] == before
 
 
+def test_a_prompt_may_be_a_text(tiny_run):
+    run = tiny_run()
+    texts = ["one and one", "two"]
+    assert run.sampler.generate(texts, 8, seed=3) == run.sampler.generate([run.tokenizer.encode(text) for text in texts], 8, seed=3)
+
+
 def test_too_long_a_reflection_loses_its_beginning(tiny_run, monkeypatch):
     run, prompts, given = tiny_run(), [], []
     monkeypatch.setattr(reflect, "evolve", lambda population, anchors, ask, write, *_, **more: given.append(write) or ([], 0))

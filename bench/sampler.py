@@ -145,7 +145,8 @@ def least_seconds(model, limits, prompts, tokens, slots):
 
 
 def measure(function, repeats, device):
-    """Best of `repeats` after one warm-up, or, where there are none, the warm-up itself: tokens a second."""
+    """function(seed) -> tokens, run once to warm up and `repeats` times: (tokens a second, tokens) of the fastest; of the warm-up where
+    there are no repeats."""
     rates = []
     for seed in range(repeats + 1):
         start = time.perf_counter()
