@@ -25,25 +25,29 @@ from tables import METHODS, evals, in_step, peers, proposals, read, runs_of, sid
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves
 
-OVERVIEW = {    # what the data give -> lines of README's figure: (group, method, label); dashed where the prompt is a few-shot one
+OVERVIEW = {    # what the data give -> lines of README's figure: (group, method, colour and style, label)
     "arithmetic, reference solutions given": [
-        ("arithmetic", "fst", "fst"), ("arithmetic", "rl", "rl"), ("arithmetic-fewshot", "fst", "fst, six random solutions in its seed prompt"),
-        ("arithmetic-fewshot", "rl", "rl, six random solutions in its prompt")],
+        ("arithmetic", "fst", "C0-", "fst"), ("arithmetic", "rl", "C1-", "rl"),
+        ("arithmetic-fewshot", "fst", "C0--", "fst, six random solutions in its seed prompt"),
+        ("arithmetic-fewshot", "rl", "C1--", "rl, six random solutions in its prompt")],
     "arithmetic, only answers given": [
-        ("arithmetic-no-solutions", "fst", "fst"), ("arithmetic-fewshot-no-solutions", "rl", "rl, seven or eight random answers in its prompt")]}
+        ("arithmetic-no-solutions", "fst", "C0-", "fst"),
+        ("arithmetic-form-no-solutions", "rl", "C1-", "rl, a prompt that asks for the form"),
+        ("arithmetic-fewshot-no-solutions", "rl", "C1--", "rl, seven or eight random answers in its prompt"),
+        ("arithmetic-36-self-taught", "rl", "C2-", "fine-tuned on its own right answers, 36 steps"),
+        ("arithmetic-turns", "rl", "C1:", "rl, two worked examples written by hand")]}
 
 
 def overview(results):
     """results/overview.png: sampled accuracy against rollouts, mean of the seeds, and between the lowest and the highest of them."""
     figure, axes = pyplot.subplots(1, len(OVERVIEW), figsize=(11, 4.2), sharey=True, layout="constrained")
     for axis, (title, lines) in zip(axes, OVERVIEW.items()):
-        for group, method, label in lines:
+        for group, method, style, label in lines:
             if seeds := runs_of(results / group).get(method):
                 whole = np.array([[(row["rollouts"], row["mean"]) for row in rows] for rows in in_step([*map(evals, seeds.values())])])
                 (x, y), accuracies = whole.mean(0).T, whole[:, :, 1]                                   # [seeds, points]
-                style = dict(color=f"C{METHODS.index(method)}", linestyle="--" if "fewshot" in group else "-")
-                axis.plot(x, y, marker="o", markersize=4, label=label, **style)
-                axis.fill_between(x, accuracies.min(0), accuracies.max(0), color=style["color"], alpha=0.12)
+                axis.plot(x, y, style, marker="o", markersize=4, label=label)
+                axis.fill_between(x, accuracies.min(0), accuracies.max(0), color=style[:2], alpha=0.12)
         axis.set(title=title, xlabel="rollouts of both channels", ylim=(0, 1))
         axis.legend(fontsize=8, loc="upper left")
         axis.grid(alpha=0.3)
@@ -108,7 +112,7 @@ def main():
             table(group, runs)
             print(f"{group.name}: " + ", ".join(f"{method} {len(seeds)}" for method, seeds in runs.items()))
     side_by_side(results)
-    if all((results / group).is_dir() for lines in OVERVIEW.values() for group, _, _ in lines):
+    if all((results / group).is_dir() for lines in OVERVIEW.values() for group, *_ in lines):
         overview(results)
         print("overview")
     if (results / "bench_growth.jsonl").exists():
