@@ -3583,8 +3583,8 @@ def test_supervised_fine_tuning_teaches_the_reference_solutions(tiny_run, monkey
 
 
 def test_self_taught_fine_tuning_is_on_what_led_to_the_right_answer(tiny_run, monkeypatch):
-    """bench/ablate.py self-taught: of six rollouts the two that arrive at the answer are taught, one of them twice sampled, with the answer
-    in its form below; the wrong one and the one without working are not. Without any nothing moves."""
+    """bench/ablate.py self-taught: of five rollouts the two texts that arrive at the answer are taught, the one sampled twice once, with the
+    answer in its form below; the wrong one and the one without working are not. Without any nothing moves."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import ablate
     run = tiny_run("--method", "rl")

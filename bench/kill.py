@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import fst
-import matplotlib.pyplot                                                  # warmed up for the children
+import matplotlib.pyplot                                                  # noqa: F401: warmed up for the children
 import model
 import reflect
 import rollout

@@ -5,8 +5,8 @@ Draws every figure of this folder anew from its rows, and writes its tables; num
 
 A group is one comparison, results/GROUP/METHOD-SEED/metrics.jsonl, or a single run, results/GROUP/metrics.jsonl. It gets curves.png and
 table.md; groups that differ in one thing come side by side in side_by_side.md, README's lines in overview.png. bench_growth.jsonl gets
-growth.png, bench_gepa.jsonl bench_gepa.md, bench_operators.jsonl bench_operators.md. Accuracies are shares of problems, 0 to 1; entropy and KL are in nats a token; seconds are
-those of the two kinds of phase, without the evaluations'.
+growth.png, bench_gepa.jsonl bench_gepa.md, bench_operators.jsonl bench_operators.md. Accuracies are shares of problems, 0 to 1; entropy
+and KL are in nats a token; seconds are those of the two kinds of phase, without the evaluations'.
 """
 import itertools
 import math
