@@ -9,10 +9,11 @@ One cycle: look ahead at the next T batches of problems; evolve the K prompts on
 prompts frozen. In a step every problem gets a group of G rollouts, G / K under each prompt phi, and
 
     A_i  = (r_i - mean(r)) / (std(r) + eps)                     over the whole group, across prompts
-    L    = - E[ sg(min(rho_t, cap)) * A_i * log pi_theta(y_t | x, phi_i, y_<t) ],   rho_t = pi_theta / mu         (CISPO)
+    L    = E[ - sg(min(rho_t, cap)) * A_i * log pi_theta(y_t | x, phi_i, y_<t) ],   rho_t = pi_theta / mu         (CISPO)
+         + E[ beta / 2 * (log pi_theta - log pi_base)^2 ]         with the gradient of beta * KL(pi_theta || pi_base), token by token
 
-mu being the policy that sampled, whose log-probs the sampler recorded. So the prompt takes up quickly what is specific to the
-task, and the parameters need to move less.
+sg: no gradient; mu: the policy that sampled, whose log-probs the sampler recorded; pi_base: the model before training; beta: --kl.
+So the prompt takes up quickly what is specific to the task, and the parameters need to move less.
 
     python fst.py                       SmolLM2-135M learns word problems, on whatever this machine has
     python fst.py --task gsm8k          GSM8K
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 import reflect
 from model import load, out_of_memory, reading, refuse, replace_file, return_freed_memory, save
-from rollout import TASKS, Context, Sampler, ask, divergence, examine, get_task, prefix_runs, read_context, score
+from rollout import LEAST_TEMPERATURE, TASKS, Context, Sampler, ask, divergence, examine, get_task, prefix_runs, read_context, score
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration: one flag per field
@@ -55,7 +56,7 @@ LEAST_MICRO_BATCH = 64    # tokens
 MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning: at least so many
 SLOW, EVALUATE, EVOLVE, REFLECT = 1, 2, 3, 4      # in the seeds of the sampler: each purpose has random numbers of its own
-RESUME_FLAGS = {"micro_batch", "slots", "memory", "out"}  # may be others when a run is resumed: they change no more than rounding
+RESUME_FLAGS = {"micro_batch", "slots", "memory", "out"}  # may change when a run is resumed: results change by rounding at most
 EVAL_FLAGS = {"task", "level", "data", "seed_prompt", "max_new_tokens", "device", "slots", "micro_batch", "eval_problems",
               "eval_samples"}                             # settings of a run that --eval may override
 MOST = 1_000_000          # of any number that names no limit of its own: a configuration may come from a stranger
@@ -106,7 +107,7 @@ class Config:
     memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU",
                             most=math.inf)
     # fast weights
-    passes: float = setting(5.0, "rollouts of a fast phase, in passes over the cycle's problems: up to 2 only measure, 5 search", "paper: 960 over 192")
+    passes: float = setting(5.0, "budget of a fast phase, in rollouts per problem of the cycle: up to 2 measure the old prompts, more also search for new ones", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device, task and method")
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "who rewrites: self, the current weights; base, the frozen starting weights; or another model's name",
@@ -184,6 +185,7 @@ def refuse_nonsense(c):
         refuse(value > most, f"{flag(field.name)} must be at most {most:,}")
     for one, other in (("batch", "group"), ("eval_problems", "eval_samples")):
         refuse(getattr(c, one) * getattr(c, other) > MOST, f"{flag(one)} times {flag(other)} must be at most {MOST:,}")
+    refuse(c.temperature < LEAST_TEMPERATURE, f"--temperature must be at least {LEAST_TEMPERATURE}")
     refuse(c.method not in ("rl", "gepa") and c.group % c.prompts,
            f"each of the {c.prompts} prompts gets an equal share of a group: "
            f"--group {c.group} must be a multiple of --prompts {c.prompts}")
@@ -198,9 +200,9 @@ def count_weights(model):
 
 
 def plan(c, m, weights, question=0, prompt=0, reflector=0):
-    """The memory of a run, m being the configuration of its model, which has so many weights, a reflector of its own so many; question,
-    prompt: tokens of the longest question and, in plain RL, seed prompt. Returns bytes by purpose, tokens of a micro-batch, slots.
-    A given micro-batch and the slots are taken as they are; with auto, both are the most that keep to c.memory."""
+    """What a run takes -> (bytes by purpose, tokens of a micro-batch, slots). A given micro-batch is taken as it is, and the slots with
+    it; under auto both are as many as fit into c.memory. m: the model's configuration; weights, reflector: numbers of weights, of the
+    model and of a separate reflector; question, prompt: tokens of the longest question and, for plain RL, of the seed prompt."""
     w, V, H, layers = 4 if c.dtype == "float32" else 2, m.vocab_size, m.hidden_size, m.num_layers     # w: bytes of a weight
     question = max(question, QUESTION)
     q, kv, answer = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, question + c.max_new_tokens
@@ -225,7 +227,11 @@ def plan(c, m, weights, question=0, prompt=0, reflector=0):
         micro_batch = int(min(max((room - gradients) / token, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))
         slots = int(min(max((room - packed - contexts) / row, 1), slots))
     sampling, training = always + packed + contexts + slots * row, always + gradients + micro_batch * token
-    return {"always": always, "sampling": sampling, "training": training, "in all": max(sampling, training)}, micro_batch, slots
+    peak = max(sampling, training)
+    if not c.micro_batch and peak > c.memory * 1e9:
+        say(f"note: this takes at least {peak / 1e9:.1f} GB, more than the {c.memory:.1f} GB of --memory, and will be slow: "
+            f"--slots {slots}, --micro-batch {micro_batch}")
+    return {"always": always, "sampling": sampling, "training": training, "in all": peak}, micro_batch, slots
 
 
 def choose_model(c):
@@ -445,8 +451,8 @@ def steps_of(config, cycle):
 
 
 def tasks_of(c, trained=False):
-    """The configuration's tasks, in turn. Two different ones of one name are refused; so is, unless the run is already trained, a task that
-    has less than a batch of training problems."""
+    """The configuration's tasks, in turn. Refused are two files of one name and, unless the run is only evaluated (`trained`), a task
+    with fewer training problems than one batch."""
     tasks = [get_task(name, c.level, c.data, c.seed_prompt or None) for name in c.task.split(",")]
     refuse(len({task.name for task in tasks}) < len(set(c.task.split(","))),
            f"two of the tasks {c.task} have one name: rename a file")
@@ -457,9 +463,9 @@ def tasks_of(c, trained=False):
 
 
 def room_for_prompts(c, tasks, tokenizer, context):
-    """The tokens of the longest question and of the longest prompt: in plain RL the seed prompt's, else --prompt-tokens, or as many as the
-    model's context leaves beside every question and its answer. A ValueError where that is not enough, or nothing would end an
-    answer."""
+    """Tokens of (the longest question, the longest prompt): in plain RL the seed prompt, else --prompt-tokens, or less where the model's
+    context leaves less beside question and answer. Refused is a model whose context is too short for the seed prompt, or that has no
+    token to end an answer."""
     refuse(tokenizer.turn_end is None, f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
     problems = [problem for task in tasks for split in task.splits.values() for problem in split]
     question = max(len(tokenizer.encode(problem.question)) for problem in problems)
@@ -504,6 +510,7 @@ class Run:
         self.base, self.learner, question, self.prompt_tokens, more = self.model, None, 0, 0, 0
         if trained:
             self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
+            c, more = dataclasses.replace(c, method="gepa"), count_weights(self.model)      # to plan for: two models that only score
         else:
             question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context_length)
             self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks])),     # a resumed run must find
@@ -543,8 +550,9 @@ class Run:
     def slow(self, task, step):
         """One batch, one update: rollouts under every prompt, advantages over the group, the loss, AdamW."""
         c, start = self.config, time.perf_counter()
+
+        # 1. Sample and grade.
         contexts, problems = self.contexts(task), self.batch(task, step)
-        self.learner.decay = 1 - step / c.steps           # at a constant rate the entropy collapses, then accuracy
         shared = [context for context in contexts for _ in range(c.group // len(contexts))]      # [group]: G / K samples under each
         student = self.tasks[task].seed_context           # all that distill's student is given
         jobs = [(student if c.method == "distill" else context, problem) for problem in problems for context in shared]
@@ -552,18 +560,22 @@ class Run:
         self.population.record(rollouts, self.learner.updates)
         return_freed_memory()                             # training wants blocks of other sizes
         sampled = time.perf_counter()
+
+        # 2. Train.
+        self.learner.decay = 1 - step / c.steps           # at a constant rate the entropy collapses, then accuracy
         rewards = torch.tensor([r.reward for r in rollouts]).view(len(problems), c.group)
         if c.method == "distill":
             row = self.within_memory(lambda: self.distill(rollouts, shared * len(problems)))
         else:
             row = self.within_memory(lambda: self.reinforce(rollouts, rewards))
+
+        # 3. Log. `shown`: of one group an answer under the first prompt, of the next under the second, and so on; after the last prompt's
+        #    a group is passed over (in plain RL every second).
         tokens = sum(len(r.tokens) for r in rollouts)
         self.spent["slow_rollouts"] += len(rollouts)
         self.spent["slow_tokens"] += tokens
         head = {"task": self.tasks[task].name, "step": self.steps_done() + 1}
         ids = {x.context: x.id for x in self.population.candidates}
-        # to read: of one group an answer under the first prompt, of the next under the second, and so on; after the last prompt's a group
-        # is passed over (in plain RL every second)
         shown = list(zip(jobs, rollouts))[::c.group + c.group // len(contexts)]
         self.journal("rollouts.jsonl", *[{**head, "problem": r.problem.id, "prompt": ids.get(context), "question": r.problem.question,
                                           "text": r.text, "reward": r.reward, "feedback": r.feedback, "stopped": r.stopped}
@@ -573,7 +585,7 @@ class Run:
                 "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts),
                 **row, **self.spent,
                 "sample_seconds": sampled - start, "train_seconds": time.perf_counter() - sampled,
-                "tokens_per_second": tokens / max(sampled - start, 1e-9)}
+                "tokens_per_second": tokens / (sampled - start)}
 
     def reinforce(self, rollouts, rewards):
         """The update of every method but distill. rewards [problems, group], of the rollouts in their order."""
@@ -605,8 +617,8 @@ class Run:
         return self.descend(rollouts, loss, reference)
 
     def distill(self, rollouts, teachers):
-        """Reverse KL from the prompted policy into the unprompted one, on the student's own rollouts: the teacher is the same
-        weights under an evolved prompt, held still for this step."""
+        """Distils the prompted policy (the teacher, held still for this step) into the unprompted one (the student), on the student's
+        own rollouts. A token's loss is (log pi - log teacher)^2 / 2, whose gradient is that of KL(pi || teacher): see `reinforce`."""
         c = self.config
         prompted = [(teacher.without(r.problem).prompt(self.tokenizer, r.problem.question), r.tokens)
                     for teacher, r in zip(teachers, rollouts)]
@@ -891,7 +903,7 @@ def wilson(successes, n):
     """95% interval of a proportion (Wilson, JASA 22, 1927)."""
     z, p = 1.96, successes / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+    return [max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)]      # rounding leaves it by 1e-17
 
 
 def write_text(path, text):
@@ -1010,7 +1022,7 @@ def plot(folders, path):
 
 
 def read_seed_prompt(value):
-    """--seed-prompt's text, or that of the file it names: the run keeps the text; of JSON what `read_context` makes of it."""
+    """--seed-prompt, a text or a file's name, as the run keeps it: a text as it is, JSON reduced to its Context."""
     text = value
     if os.path.isfile(value):
         with reading(f"--seed-prompt {value}"):
@@ -1054,8 +1066,9 @@ def parse(argv):
 
 
 def stored_config(folder, changes={}):
-    """The configuration of a run as asked for and as resolved, this one checked like flags: the folder may be a stranger's.
-    changes: of the second; on another device the memory is that device's default."""
+    """The configuration of the run in `folder`: (as asked for, as resolved). `changes` apply to the second, which is then checked like
+    flags, as the folder may be a stranger's. On another device --memory, on another task or level --max-new-tokens become the default
+    there: 32 tokens, enough for arithmetic, would cut off any answer to gsm8k."""
     path = Path(folder) / "config.json"
     with reading(f"{path} with {', '.join(map(flag, changes))}" if changes else path):
         stored = json.loads(read_text(path))
@@ -1063,12 +1076,22 @@ def stored_config(folder, changes={}):
         for field in dataclasses.fields(Config):
             if type(getattr(resolved, field.name)) is not field.type:
                 raise ValueError(f"{field.name} is not of type {field.type.__name__}")
-        elsewhere = changes.get("device", resolved.device) != resolved.device
-        return asked, resolve(dataclasses.replace(resolved, **{"memory": None} if elsewhere else {}, **changes))
+        new = {name for name, value in changes.items() if value != getattr(resolved, name)}
+        anew = ["memory"] * ("device" in new) + ["max_new_tokens"] * bool(new & {"task", "level"})
+        return asked, resolve(dataclasses.replace(resolved, **dict.fromkeys(anew) | changes))
 
 
 def write_config(folder, asked, resolved):
     write_text(folder / "config.json", json.dumps({"asked": vars(asked), "resolved": vars(resolved)}, indent=1))
+
+
+def inputs_of(c):
+    """Loads on the CPU what a run begins with, and refuses what it would refuse -> (model, tokens of the longest question and of the
+    longest prompt, number of weights of a separate reflector)."""
+    tasks, (model, tokenizer) = tasks_of(c), load(c.model)
+    question, prompt = room_for_prompts(c, tasks, tokenizer, model.config.context_length)
+    *_, more = load_reflector(dataclasses.replace(c, device="cpu"), model, tokenizer)
+    return model, question, prompt, more
 
 
 def open_run(config, overwrite):
@@ -1109,10 +1132,12 @@ def open_run(config, overwrite):
             other = ", ".join(f"{key} {vars(before)[key]!r}, now {value!r}" for key, value in changed.items())
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
 
-    # 4. A new run: other people's files are refused, a run's own deleted.
+    # 4. A new run: other people's files are refused, a run's own deleted, but only for a command that can replace them.
     known = {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else {"lock"}
     strangers = {p.name for p in folder.iterdir()} - known
     refuse(strangers, f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
+    if ours:
+        inputs_of(resolved)
     for pattern in ("state/*", "curves.png", *Run.JOURNALS, "checkpoint/*"):      # the last may be of another model, with other files
         for file in folder.glob(pattern):
             file.unlink()
@@ -1123,14 +1148,11 @@ def open_run(config, overwrite):
 def check(config):
     """What a run would be: every setting with where its default comes from, and the rollouts, memory and time it may take."""
     c = resolve(config)
-    tasks = tasks_of(c)                                   # what a run would refuse is refused here, too
+    model, question, prompt, more = inputs_of(c)
     for field in FLAGS:
         value, source = getattr(c, field.name), field.metadata["source"]
         print(f"{field.name:18} {value!s:28} {'as asked' if getattr(config, field.name) != field.default else source}")
     print(f"{'why this model':18} {c.why_model}")
-    model, tokenizer = load(c.model)
-    question, prompt = room_for_prompts(c, tasks, tokenizer, model.config.context_length)
-    *_, more = load_reflector(dataclasses.replace(c, device="cpu"), model, tokenizer)      # to count its weights
     weights, m = count_weights(model), model.config
     phases = schedule(c)
     steps = sum(kind == "slow" for kind, _, _ in phases)
@@ -1140,8 +1162,6 @@ def check(config):
     print(f"\n{slow} slow rollouts, at most {fast} fast ones, and the evaluations', of at most {c.max_new_tokens} tokens each")
     print(f"micro-batches of {micro_batch:,} tokens, {slots} slots; memory in GB, without the libraries' own:")
     print("  " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))
-    if not c.micro_batch and parts["in all"] > c.memory * 1e9:
-        print(f"  that is more than the {c.memory:.1f} GB of --memory")
     if c.device == "cpu":
         rate = cpu_speed()[c.dtype]
         # in tokens of a forward pass: an answer is sampled at half the rate, training costs four passes, two of them backward; a
@@ -1158,8 +1178,7 @@ def check(config):
 
 
 def open_folder(folder, changes={}):
-    """A finished or unfinished run to evaluate: its weights and its prompts, nothing in its folder changed; `changes` of its
-    configuration."""
+    """A run to evaluate, finished or not: its weights and prompts, its configuration with `changes`. Its folder is only read."""
     _, c = stored_config(folder, changes)
     path = Path(folder) / "checkpoint" / "prompts.json"
     with reading(path):
@@ -1186,15 +1205,15 @@ def main(argv=None):
         for action in ("eval", "plot", "show_prompts"):
             unused = given.keys() - (EVAL_FLAGS if action == "eval" else set())
             unused |= {name for name in actions if actions[name] and name != action}
-            refuse(actions[action] and unused, f"{', '.join(map(flag, sorted(unused)))} does not go with {flag(action)}")
+            refuse(actions[action] is not None and unused, f"{', '.join(map(flag, sorted(unused)))} does not go with {flag(action)}")
         if actions["plot"]:
             plot(actions["plot"], Path(actions["plot"][0]) / "curves.png")
             print(f"drawn: {Path(actions['plot'][0]) / 'curves.png'}")
-        elif actions["eval"]:
+        elif actions["eval"] is not None:                 # "" is no reason to train
             run = open_folder(actions["eval"], given)
             for task in range(len(run.tasks)):            # the 2x2
                 say(table(run.evaluate(task, "test", 2 * run.config.eval_problems)))
-        elif actions["show_prompts"]:
+        elif actions["show_prompts"] is not None:
             path = Path(actions["show_prompts"]) / "prompts.jsonl"
             with reading(path):
                 text = reflect.show(read_rows(path))

@@ -54,8 +54,8 @@ def return_freed_memory():
 
 
 def out_of_memory(error):
-    """Whether that is what an exception says: PyTorch on a CPU, and cuBLAS, have but a RuntimeError for it. cuBLAS is "not
-    initialized" where no memory is left for its handle."""
+    """Whether an exception means that memory ran out. PyTorch's CPU allocator and cuBLAS raise a plain RuntimeError for it, so its text
+    decides; cuBLAS says "not initialized" where no memory is left for its handle."""
     named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     said = "(not enough|allocate|out of) memory|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED.*cublasCreate)"
     return named or bool(re.search(said, str(error)))
@@ -156,7 +156,7 @@ class Transformer(nn.Module):
                 q, k = q.float(), k.float()
             x = x + self.linear(attend(index, q, k, v), layer.output)
             gate_up = self.linear(rms_norm(x, layer.mlp_norm, c.norm_eps), layer.gate_up)
-            # Only SwiGLU is recomputed, not the product: checkpoint stops at the last tensor that backward needs, its input.
+            # Only SwiGLU is recomputed: checkpoint stops once it has the last tensor that backward needs, the input of this product.
             x = x + recomputed(lambda gate_up, down: self.linear(swiglu(gate_up), down), gate_up, layer.down)
         return rms_norm(x, self.norm, c.norm_eps)
 
@@ -558,7 +558,10 @@ def load(name, device="cpu", dtype=None):
         files, tensors = read_gguf(path) if path.suffix == ".gguf" else read_directory(path)
         with reading("config.json"):
             config = read_config(json.loads(files["config.json"]))
-        return build(config, tensors, device, dtype), Tokenizer(files)
+        tokenizer = Tokenizer(files)
+        refuse((ids := len(tokenizer.bytes)) > config.vocab_size,
+               f"its tokenizer has ids up to {ids - 1}, the model's vocabulary only {config.vocab_size} tokens")
+        return build(config, tensors, device, dtype), tokenizer
 
 
 def read_directory(directory):

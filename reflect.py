@@ -6,9 +6,9 @@ takes the K prompts of the last cycle and the problems of the next one, the anch
 
   1. measure   The carried prompts are asked again: the weights moved, and scores of other weights never count.
   2. rounds    Parents are drawn from the Pareto frontier and answer 3 problems, of those they failed. Operators propose children
-               of them. A child that beats its parent strictly on the same minibatch is accepted (or, where neither solves any
-               of it, one under which known solutions are likelier, or more answers in the form asked for), and the most
-               promising of the accepted are scored on all anchors, without which a prompt cannot win.
+               of them. A child is accepted if it beats its parent strictly on the same minibatch; or, where neither solves any of
+               it, if known solutions are likelier under the child, or, at a hard start, two more answers are in the form asked
+               for. The most promising of the accepted are scored on all anchors, without which a prompt cannot win.
   3. keep      Of the prompts that cannot be told from the best, the one under which known solutions are likeliest (where nothing is
                right, weighed with the form of the answers); then those that add most to what the kept ones solve.
 

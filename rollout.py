@@ -353,16 +353,21 @@ def read_jsonl(path):
 
 
 class JSONL(Task):
-    """Lines that name no split are shared out 80/10/10 by a hash of the question: a new line never moves another."""
+    """Lines that name no split are shared out 80/10/10 by a hash of the question: a new line never moves another. Where that leaves a
+    split of a small file empty, it gets the training line of least hash."""
     name, takes = "jsonl", ":FILE"
 
     def rows(self, argument, level, data):
         if not os.path.isfile(argument):        # a pipe or a device may never end
             raise FileNotFoundError(f"{argument} is not a file")
-        rows = {"train": [], "val": [], "test": []}
-        for *row, split in read_jsonl(argument):
-            tenth = int(hashlib.sha256(" ".join(row[0].split()).encode()).hexdigest(), 16) % 10
-            rows[split or {0: "test", 1: "val"}.get(tenth, "train")].append(row)
+        number = lambda row: int(hashlib.sha256(" ".join(row[0].split()).encode()).hexdigest(), 16)
+        rows, lines = {"train": [], "val": [], "test": []}, read_jsonl(argument)
+        for *row, split in lines:
+            rows[split or {0: "test", 1: "val"}.get(number(row) % 10, "train")].append(row)
+        for split in ("test", "val"):
+            if not rows[split] and rows["train"] and not any(named for *_, named in lines):
+                rows["train"].sort(key=number)
+                rows[split].append(rows["train"].pop(0))
         return rows
 
 
@@ -442,6 +447,9 @@ def get_task(name, level=1, data=None, seed_prompt=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The sampler
+
+
+LEAST_TEMPERATURE = 1e-4  # but 0: below, logits leave the range of fp32
 
 
 @dataclass(frozen=True)
@@ -622,7 +630,8 @@ class Sampler:
         context = self.model.config.context_length
         for prompt in prompts:
             refuse(not 0 < len(prompt) < context, f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}")
-        refuse(max_new_tokens < 1 or temperature < 0, f"cannot sample {max_new_tokens} tokens at temperature {temperature}")
+        refuse(max_new_tokens < 1 or temperature != 0 and not temperature >= LEAST_TEMPERATURE,
+               f"cannot sample {max_new_tokens} tokens at temperature {temperature}")
         greedy = [temperature == 0 or most_likely for most_likely in greedy or [False] * len(prompts)]
         slots = min(self.slots, len(prompts))
         while prompts:
@@ -669,8 +678,9 @@ class Sampler:
                     for block in blocks:
                         if (block.count - 1) % self.check_every == 0 or block.count == max_new_tokens:
                             alive = self.end[block.row] == 0
-                            if not alive.any() or not alive.all() and (not self.cuda or block.full()):
-                                bar.update(int((~alive).sum()))
+                            left = int(alive.sum())                                           # waits for the device, once
+                            if left == 0 or left < len(alive) and (not self.cuda or block.full()):
+                                bar.update(len(alive) - left)
                                 block.keep(alive)
                     blocks = [block for block in blocks if len(block.row)]
         finally:

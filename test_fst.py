@@ -616,6 +616,13 @@ def equals_gguf(path, ours, tokenizer):
         assert fields["ggml.tokens"][i] == text
 
 
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(SMALL, "vocab_size", 900)
+    write_checkpoint(tmp_path, "qwen3")
+    with pytest.raises(ValueError, match="its tokenizer has ids up to .* vocabulary only 900 tokens"):
+        load(tmp_path)
+
+
 def test_mangled_headers(tmp_path, monkeypatch):
     for key, value in dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1).items():
         monkeypatch.setitem(SMALL, key, value)                    # as small as can be: a case takes milliseconds
@@ -624,7 +631,7 @@ def test_mangled_headers(tmp_path, monkeypatch):
     write_gguf(tmp_path / "m.gguf", theirs, tokenizer, "smollm")
     load(tmp_path / "m.gguf")
     mangled(tmp_path / "m.gguf", gguf.GGUFReader(tmp_path / "m.gguf").data_offset, equals_gguf)
-    monkeypatch.setattr(model, "Tokenizer", lambda files: None)   # lies in files of its own, and is not what is mangled
+    monkeypatch.setattr(model, "Tokenizer", lambda files: SimpleNamespace(bytes=[]))     # lies in files of its own, and is not what is mangled
     path = tmp_path / "a" / "model.safetensors"
     mangled(path, 8 + struct.unpack("<Q", path.read_bytes()[:8])[0], equals_safetensors)
 
@@ -1052,6 +1059,20 @@ def test_jsonl(tmp_path):
     more = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(100)] + rows[::-1]
     task = get_task(f"jsonl:{write(tmp_path / 'more.jsonl', more)}")
     assert home.items() <= {p.question: split for split in task.splits for p in task.problems(split)}.items()
+
+
+@pytest.mark.parametrize("count", [4, 10, 20, 30, 40, 60])
+def test_a_small_jsonl_has_three_splits(tmp_path, count):
+    """Each line is in one split; those that the hash puts into test or val stay there; else one line moves."""
+    for file in range(20):
+        rows = [{"question": f"file {file}, line {i}", "answer": i} for i in range(count)]
+        task = get_task(f"jsonl:{write(tmp_path / f'{file}.jsonl', rows)}")
+        found = {split: {p.question for p in task.problems(split)} for split in task.splits}
+        tenths = {row["question"]: int(hashlib.sha256(row["question"].encode()).hexdigest(), 16) % 10 for row in rows}
+        for split, tenth in (("test", 0), ("val", 1)):
+            hashed = {question for question in tenths if tenths[question] == tenth}
+            assert found[split] == hashed if hashed else len(found[split]) == 1
+        assert found["train"] and sum(map(len, found.values())) == count == len(set().union(*found.values()))
 
 
 def test_jsonl_keys(tmp_path, capsys):
@@ -1620,7 +1641,7 @@ def test_prompts_that_do_not_fit_are_refused(tiny):
         with pytest.raises(ValueError, match=f"{length} tokens does not fit the model's context of 512"):
             Sampler(ours, tokenizer).generate([random_ids(length)], 4)
     assert len(Sampler(ours, SimpleNamespace(stop_ids=(1099,))).generate([random_ids(510)], 40)[0].tokens) == 2
-    for limit, temperature in ((0, 1.0), (4, -1.0)):
+    for limit, temperature in ((0, 1.0), (4, -1.0), (4, 1e-46), (4, math.nan)):
         with pytest.raises(ValueError, match="cannot sample"):
             Sampler(ours, tokenizer).generate([[5]], limit, temperature)
     assert Sampler(ours, tokenizer).generate([], 4) == []
@@ -2794,7 +2815,8 @@ def test_bad_input_ends_with_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "afile").write_text("kept")
     for flags, named in ((["--task", "chess"], "unknown task 'chess'"), (["--loss", "ppo"], "unknown --loss 'ppo'"), (["--method", "sft"], "unknown --method"),
-                         (["--group", 6, "--prompts", 4], "multiple"), (["--group", 1, "--prompts", 1], "at least 2"), (["--lr", -1], "--lr"), (["--lr", 1e38], "at most 1"), (["--batch", 0], "--batch"), (["--temperature", 0], "temperature"),
+                         (["--group", 6, "--prompts", 4], "multiple"), (["--group", 1, "--prompts", 1], "at least 2"), (["--lr", -1], "--lr"), (["--lr", 1e38], "at most 1"), (["--batch", 0], "--batch"), (["--temperature", 0], "temperature"), (["--temperature", "1e-46"], "--temperature"),
+                         (["--eval", ""], "config.json"), (["--show-prompts", ""], "prompts.jsonl"),
                          (["--model", tmp_path / "nowhere"], "nowhere"), (["--model", "nobody/nothing"], "nobody/nothing"), (["--task", "jsonl:none.jsonl"], "none.jsonl"),
                          (["--device", "tpu"], "tpu"), (["--plot", "nowhere"], "nowhere"), (["--eval", "nowhere"], "nowhere"), (["--show-prompts", "nowhere"], "no such file"),
                          (["--micro-batch", "x"], "tokens_or_auto"), (["--out", "afile"], "afile is no folder"), (["--out", "afile", "--check"], "afile is no folder")):
@@ -2931,13 +2953,27 @@ def test_a_run_writes_where_it_was_told_to(tmp_path, tiny_run):
     assert where() == str(tmp_path / "run")
 
 
-def test_a_run_of_a_card_is_evaluated_on_a_cpu_within_its_memory(tmp_path, tiny_run):
-    tiny_run(out="run")
+def test_a_run_of_a_card_is_evaluated_on_a_cpu_within_its_memory(tmp_path, tiny_run, capsys, monkeypatch):
+    tiny_run(out="run").save()
     path = tmp_path / "run" / "config.json"
     stored = json.loads(path.read_text())
     stored["resolved"] |= {"device": "cuda", "memory": 70.0}
     path.write_text(json.dumps(stored))
     assert fst.stored_config(path.parent, {"device": "cpu"})[1].memory == 8.0
+    limits = [fst.stored_config(path.parent, {"device": "cpu", **more})[1].max_new_tokens
+              for more in ({}, {"task": "codeio"}, {"task": "codeio", "max_new_tokens": 9})]
+    assert limits == [8, 128, 9]                           # of another task its own default, unless given
+    # two models that only score need no room for masters, moments and gradients
+    stored["resolved"] |= {"device": "cpu", "micro_batch": 0}
+    plans, plan = [], fst.plan
+    monkeypatch.setattr(fst, "plan", lambda *arguments: plans.append(plan(*arguments)) or plans[-1])
+    for memory, told in ((8.0, False), (0.001, True)):
+        stored["resolved"]["memory"] = memory
+        path.write_text(json.dumps(stored))
+        run = fst.open_folder(path.parent)
+        assert plans[-1][0]["always"] == 2 * 4 * fst.count_weights(run.model) and (run.micro_batch, run.sampler.slots) == plans[-1][1:]
+        assert ("more than the 0.0 GB of --memory" in capsys.readouterr().out) == told == (run.sampler.slots == 1)
+    stored["resolved"]["memory"] = 70.0
     stored["resolved"]["device"] = "cpu"
     path.write_text(json.dumps(stored))
     assert fst.stored_config(path.parent, {"device": "cpu"})[1].memory == 70.0
@@ -3019,6 +3055,10 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
     assert what_counts(tmp_path / "run") == before and again.code == 0
     other = run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, "--lr", 0.5, check=False)
     assert other.code == 2 and "other settings (lr 0.001, now 0.5)" in other.err[0] and what_counts(tmp_path / "run") == before
+    everything = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for wrong in (["--model", tmp_path / "typo"], ["--task", "jsonl:typo.jsonl"], ["--batch", 5000], ["--max-new-tokens", 5000], ["--reflector", tmp_path / "typo", "--method", "fst"]):
+        one_sentence(run_fst(tmp_path, "--out", tmp_path / "run", *wrong, "--overwrite", check=False))
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == everything
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for flag in ([], ["--overwrite"]):
