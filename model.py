@@ -558,10 +558,10 @@ def load(name, device="cpu", dtype=None):
         files, tensors = read_gguf(path) if path.suffix == ".gguf" else read_directory(path)
         with reading("config.json"):
             config = read_config(json.loads(files["config.json"]))
-        tokenizer = Tokenizer(files)
+        model, tokenizer = build(config, tensors, device, dtype), Tokenizer(files)
         refuse((ids := len(tokenizer.bytes)) > config.vocab_size,
                f"its tokenizer has ids up to {ids - 1}, the model's vocabulary only {config.vocab_size} tokens")
-        return build(config, tensors, device, dtype), tokenizer
+        return model, tokenizer
 
 
 def read_directory(directory):
