@@ -1136,7 +1136,7 @@ def open_run(config, overwrite):
     known = {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else {"lock"}
     strangers = {p.name for p in folder.iterdir()} - known
     refuse(strangers, f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
-    if ours:
+    if (folder / STATE).exists():
         inputs_of(resolved)
     for pattern in ("state/*", "curves.png", *Run.JOURNALS, "checkpoint/*"):      # the last may be of another model, with other files
         for file in folder.glob(pattern):
