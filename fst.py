@@ -585,7 +585,7 @@ class Run:
                 "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts),
                 **row, **self.spent,
                 "sample_seconds": sampled - start, "train_seconds": time.perf_counter() - sampled,
-                "tokens_per_second": tokens / (sampled - start)}
+                "tokens_per_second": tokens / max(sampled - start, 1e-9)}
 
     def reinforce(self, rollouts, rewards):
         """The update of every method but distill. rewards [problems, group], of the rollouts in their order."""
