@@ -18,6 +18,14 @@ from reflect import answer_alone, fill
 from rollout import Example, get_task
 
 
+def few_shot(task, tokenizer, seed, drawn, limit, brief):
+    """The Context of as many of `drawn` reference solutions as fit `limit` tokens; brief: their answers alone."""
+    problems = random.Random(f"few-shot {seed}").sample(task.problems("train"), drawn)
+    examples = [Example(p.question, p.solution) for p in problems]
+    examples = [answer_alone(e) for e in examples] if brief else examples
+    return fill(task.seed_prompt, examples, lambda context: len(context.prompt(tokenizer)), limit)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task")
@@ -29,10 +37,7 @@ def main():
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts")
     options = parser.parse_args()
     task, (_, tokenizer) = get_task(options.task, options.level), load(options.model)
-    drawn = random.Random(f"few-shot {options.seed}").sample(task.problems("train"), options.drawn)
-    examples = [Example(p.question, p.solution) for p in drawn]
-    examples = [answer_alone(e) for e in examples] if options.brief else examples
-    context = fill(task.seed_prompt, examples, lambda context: len(context.prompt(tokenizer)), options.prompt_tokens)
+    context = few_shot(task, tokenizer, options.seed, options.drawn, options.prompt_tokens, options.brief)
     print(json.dumps(dataclasses.asdict(context), indent=1))
 
 

@@ -15,9 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from fewshot import few_shot
 from model import load, refuse
-from reflect import answer_alone, fill
-from rollout import Context, Example, Sampler, examine, get_task
+from rollout import Context, Sampler, examine, get_task
 from sampler import record
 
 
@@ -35,9 +35,7 @@ def screen(name, sampler, options):
     problems = random.Random("screen").sample(task.problems("val"), options.problems)
     question = sum(len(tokenizer.encode(p.question)) for p in problems) / len(problems)
     refuse(question > options.question, f"questions of {question:.0f} tokens")
-    drawn = random.Random("few-shot 0").sample(task.problems("train"), 16)                # as bench/fewshot.py draws them
-    examples = [answer_alone(Example(p.question, p.solution)) for p in drawn]
-    few = fill(task.seed_prompt, examples, lambda context: len(context.prompt(tokenizer)), options.prompt_tokens)
+    few = few_shot(task, tokenizer, 0, 16, options.prompt_tokens, brief=True)
     refuse(len(few.examples) < 4, f"{len(few.examples)} examples fit {options.prompt_tokens} tokens")
     row = {"set": name, "question_tokens": question, "examples": len(few.examples)}
     for context, answers in zip(("seed", "few_shot"), examine(sampler, task, [Context(task.seed_prompt), few], problems, 1, options.max_new_tokens)):
