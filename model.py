@@ -521,9 +521,12 @@ def reading(name):
     """A damaged file can make its readers raise anything: here it becomes one ValueError with the file's name."""
     try:
         yield
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{name}: it lacks {error}") from error
     except Exception as error:
-        clear = isinstance(error, (ValueError, OSError, safetensors.SafetensorError))
-        raise ValueError(f"{name}: {error if clear else repr(error)}") from error
+        raise ValueError(f"{name}: it is not of the form expected ({error!r})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3317,6 +3317,10 @@ def test_a_strangers_config(stranger, capsys, monkeypatch):
         for value in WRONG:
             with put(stranger, "config.json", good | {"resolved": good["resolved"] | {field: value}}):
                 look_at(stranger, capsys, "--eval")
+    with put(stranger, "config.json", {"resolved": good["resolved"]}):
+        assert look_at(stranger, capsys, "--eval") == [2]
+        fst.main(["--eval", str(stranger[0] / "run")])
+        assert capsys.readouterr().err.endswith("config.json: it lacks 'asked'\n")
     for resolved in ({}, good["resolved"] | {"unknown": 1}, {k: v for k, v in good["resolved"].items() if k != "lr"} | {"lr": "1"}):
         with put(stranger, "config.json", good | {"resolved": resolved}):
             assert look_at(stranger, capsys, "--eval") == [2]
