@@ -1462,6 +1462,22 @@ def test_the_sampler_equals_sampling_by_hand(pair, monkeypatch, temperature, gre
     assert all(set(c.tokens[:-1]).isdisjoint(stop_ids) for c in completions)
 
 
+def test_attention_of_a_lone_row_is_that_of_rows_together(monkeypatch):
+    """The fused kernel that one token of one row is given to, against the products that many are given to, and the plain formula."""
+    fused, calls = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args: calls.append(0) or fused(*args))
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=random) for shape in ((5, 1, 1, 6, 8), (5, 2, 1, 7, 8), (5, 2, 1, 7, 8)))
+    mask = torch.zeros(5, 1, 1, 1, 7).masked_fill(torch.rand(5, 1, 1, 1, 7, generator=random) < 0.4, -torch.inf).index_fill(-1, torch.tensor(6), 0)
+    together = model.attention(q, k, v, mask)
+    assert not calls
+    alone = torch.cat([model.attention(*(x[i:i + 1] for x in (q, k, v, mask))) for i in range(5)])
+    assert len(calls) == 5 and together.isfinite().all()
+    scores = torch.einsum("phd,phkd->phk", q[:, 0, 0], k[:, :, 0].repeat_interleave(3, 1)) / 8 ** 0.5 + mask[:, :, 0, 0]
+    plain = torch.einsum("phk,phkd->phd", scores.softmax(-1), v[:, :, 0].repeat_interleave(3, 1))
+    assert torch.allclose(together, plain.reshape(5, 1, 1, 48), atol=1e-6) and torch.allclose(alone, together, atol=1e-6)
+
+
 def test_on_a_gpu_sampling_ends_soon_after_the_last_row(tiny, monkeypatch):
     """Though rows leave one by one only where the cache grows: with up to `check_every` tokens too many, of 200 allowed."""
     ours, tokenizer, _ = tiny
