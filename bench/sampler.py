@@ -190,7 +190,8 @@ def main():
 
     def vllm_():
         from vllm import LLM
-        engine = LLM(folder, dtype="bfloat16", max_model_len=2560, enable_prefix_caching=True)
+        half = {"gpu_memory_utilization": 0.5} if device.type == "cpu" else {}       # of memory, which others use, too
+        engine = LLM(folder, dtype="bfloat16", max_model_len=2560, enable_prefix_caching=True, **half)
         return lambda prompts, limit, seed: with_vllm(engine, tokenizer, prompts, limit, seed)
 
     # One system after another, vLLM last: its worker takes half of a core even while it waits.
