@@ -217,14 +217,17 @@ def leaks(text, problems):
     return found
 
 
-def general_sentences(feedback):
-    """feedback: problem id -> what the grader said of wrong answers to it, less the solution. The sentences that it said, word for
-    word, of two problems or more: those speak of the task, the others of one problem; what holds a digit may speak of one, too."""
-    said = Counter()                                      # sentence -> number of problems
-    for texts in feedback.values():
-        said.update({sentence.strip() for text in texts for sentence in re.split(r"(?<=[.!?])\s+|\n", text)})
+def general_sentences(feedback, answers):
+    """feedback: problem id -> what the grader said of wrong answers to it, less the solution; answers: problem id -> the right one. The
+    sentences that it said, word for word, of problems with different answers: those speak of the task, the others of one problem or
+    one choice, as "the right answer is C." does; what holds a digit may speak of one, too."""
+    said = defaultdict(set)                               # sentence -> the right answers to the problems that it was said of
+    for id, texts in feedback.items():
+        for text in texts:
+            for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
+                said[sentence.strip()].add(answers[id])
     whole = lambda s: s.endswith((".", "!")) and len(s.split()) > 3
-    return sorted(s for s, problems in said.items() if problems > 1 and whole(s) and not re.search(r"\d", s))
+    return sorted(s for s, right in said.items() if len(right) > 1 and whole(s) and not re.search(r"\d", s))
 
 
 def lessons_of(system):
@@ -491,7 +494,7 @@ class Search:
 
     def propose(self, parents, traces, width):
         """Up to `width` children to be asked: list of (candidate, parent). traces: the rollouts of each parent's minibatch."""
-        sentences = map(printable, general_sentences(self.feedback))
+        sentences = map(printable, general_sentences(self.feedback, {p.id: p.answer for p in self.anchors}))
         self.sentences = [s for s in sentences if not leaks(s, self.anchors) and not MARKUP.search(s)]
         able = OPERATORS if len(self.contenders) > 1 else OPERATORS[:-1]          # a merge takes two prompts
         names = [name for name in able if not any(self.population.operators[name])]                   # each has a first chance

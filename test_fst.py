@@ -1002,7 +1002,7 @@ def test_feedback_quotes_an_answer_so_that_it_says_what_is_wrong(told, shown):
     """And never so that a part of it could be taken for a sentence of the grader's."""
     feedback = get_task("arithmetic").grade(Problem("p", "?", "10"), f"#### {told}").feedback
     assert feedback == f"The answer '{shown}' is wrong: the right answer is 10."
-    assert general_sentences({1: [feedback], 2: [feedback.replace("is 10", "is eleven")]}) == []
+    assert general_sentences({1: [feedback], 2: [feedback.replace("is 10", "is eleven")]}, {1: "10", 2: "eleven"}) == []
 
 
 @pytest.mark.parametrize("told, wrong, right", [
@@ -3949,9 +3949,13 @@ def test_leaks():
 
 def test_lessons():
     feedback = {i: [f"It must end in a line '#### ' and the number. The answer {i} is wrong.\nA reference solution:\n"] for i in range(3)}
-    assert general_sentences(feedback) == ["It must end in a line '#### ' and the number."]
-    assert general_sentences({0: feedback[0] * 5}) == []                       # five times of one problem is still one problem
-    assert general_sentences({i: ["The first wrong edge is from 4 to 9."] for i in range(2)}) == []        # of two, but not of all
+    answers = dict(enumerate("ABB"))
+    assert general_sentences(feedback, answers) == ["It must end in a line '#### ' and the number."]
+    assert general_sentences({0: feedback[0] * 5}, answers) == []              # five times of one problem is still one problem
+    assert general_sentences({i: ["The first wrong edge is from 4 to 9."] for i in range(2)}, answers) == []        # of two, but not of all
+    choice = {i: ["The answer 'D' is wrong: the right answer is B.", "Name a letter, no more."] for i in (1, 2)}
+    assert general_sentences(choice, answers) == []                            # of two with the same answer: it may be that which they share
+    assert general_sentences(choice | {0: ["Name a letter, no more."]}, answers) == ["Name a letter, no more."]
     for system in ("", "Be brief.", "Be brief.\n- Count twice.\n- End well.", "- Count twice."):
         assert with_lessons(*lessons_of(system)) == system
     assert lessons_of("Be brief.\n- Count twice.") == ("Be brief.", ["Count twice."])
@@ -4761,7 +4765,7 @@ def test_a_rewrite_may_name_the_words_that_all_answers_are_of(tmp_path):
                             for p in anchors for split in ("train", "val", "test")))
     task = get_task(f"jsonl:{path}")
     told = {p.id: [task.grade(p, "It is.", True).feedback] for p in task.problems("train")}
-    assert len(sentences := general_sentences(told)) == 1 and not leaks(sentences[0], task.problems("train")[:6])
+    assert len(sentences := general_sentences(told, {p.id: p.answer for p in task.problems("train")})) == 1 and not leaks(sentences[0], task.problems("train")[:6])
 
 
 def test_who_is_less_than_half_as_good_as_the_best_is_not_kept():
