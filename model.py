@@ -530,7 +530,7 @@ def reading(name):
     except KeyError as error:
         raise ValueError(f"{name}: it lacks {error}") from error
     except Exception as error:
-        raise ValueError(f"{name}: it is not of the form expected ({error!r})") from error
+        raise ValueError(f"{name}: it cannot be read ({error!r})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

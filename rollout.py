@@ -132,7 +132,8 @@ def same_answer(reference, given, fold_case=True):
     if NUMBER.fullmatch(reference.strip(" $€£%").rstrip(".")):
         return parse_number(given) == parse_number(reference)
     reference, given = plain(reference), plain(given)
-    given = given.strip("()[]") if len(reference) == 1 else given         # the letter of a choice
+    if len(reference) == 1:
+        given = given.strip("()[]") or given              # the letter of a choice
     return reference == given or fold_case and reference.casefold() == given.casefold()
 
 
@@ -417,7 +418,8 @@ class ReasoningGym(Task):
             import reasoning_gym
         except ImportError as error:
             raise ValueError("task rg:NAME needs a package: pip install reasoning-gym") from error
-        self.source = reasoning_gym.create_dataset(argument, seed=0, size=1600)
+        with reading(f"rg:{argument}"):
+            self.source = reasoning_gym.create_dataset(argument, seed=0, size=1600)
         refuse(re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(type(self.source))),
                f"rg:{argument} is refused: it runs text as Python code, a model's answer perhaps")
         self.entries = {entry["question"]: entry for entry in self.source

@@ -786,6 +786,7 @@ def test_extract_answer_takes_the_rest_of_the_last_line_marked():
     ("True", "**True**", True), ("True", "False", False), ("A", "B", False), ("x = 5", "x=5", True),
     ("half past 3", "3", False), ("Straße", "STRASSE", True),
     ("B", "(B)", True), ("B", "b).", True), ("b", "**[B]**", True), ("B", "(C)", False), ("B", "B) Bern", False), ("B", "(B) or (C)", False),
+    ("(", "(", True), ("]", "`]`", True), ("(", ")", False),
 ])
 def test_same_answer(reference, given, equal):
     assert same_answer(reference, given) is equal
@@ -1261,7 +1262,10 @@ class Unsafe(Doubles):
 
 @pytest.fixture
 def reasoning_gym(monkeypatch):
-    sets = {"doubles": Doubles, "unsafe": Unsafe}
+    def broken(seed, size):
+        assert False, "needs a configuration"
+
+    sets = {"doubles": Doubles, "unsafe": Unsafe, "broken": broken}
     module = types.SimpleNamespace(create_dataset=lambda name, seed, size: sets[name](seed, size))
     monkeypatch.setitem(sys.modules, "reasoning_gym", module)
 
@@ -1281,6 +1285,8 @@ def test_reasoning_gym(reasoning_gym):
 def test_reasoning_gym_graders_that_run_the_answer_are_refused(reasoning_gym):
     with pytest.raises(ValueError, match="refused"):
         get_task("rg:unsafe")
+    with pytest.raises(ValueError, match="rg:broken: .*needs a configuration"):
+        get_task("rg:broken")
 
 
 def test_reasoning_gym_missing(monkeypatch):
