@@ -869,8 +869,9 @@ class Run:
     def after(self, kind, task):
         """Evaluation and saving, where they are due. A task's last phase always evaluates that task and all earlier ones."""
         c, steps = self.config, self.steps_done()
-        ends = self.done == len(self.phases) or self.phases[self.done][1] != task
-        outside = kind == "fast" and c.method in ("gepa", "rl+gepa", "gepa+rl")
+        following = self.phases[self.done] if self.done < len(self.phases) else ("", None, 0)
+        ends = following[1] != task
+        outside = "fast" in (kind, following[0]) and c.method in ("gepa", "rl+gepa", "gepa+rl")
         if ends or outside or kind == "slow" and c.eval_every and steps % c.eval_every == 0:
             for each in range(task + 1) if ends else [task]:              # the earlier ones: are they forgotten?
                 self.log(self.evaluate(each, "val", c.eval_problems))

@@ -2752,6 +2752,9 @@ def test_every_method_end_to_end(tmp_path, method):
     steps = [row for row in rows if row["kind"] == "step"]
     assert [row["slow_rollouts"] for row in steps] == [12, 24, 36, 48][:len(steps)]
     assert bool(prompts) == (method != "rl")
+    if method == "rl+gepa":                                                     # where its slow steps end, whatever --eval-every
+        run_fst(tmp_path, "--method", method, "--eval-every", 3, "--out", tmp_path / "uneven")
+        assert [row["step"] for row in what_counts(tmp_path / "uneven")[0][:-1] if row["kind"] == "eval"] == [0, 3, 4, 4, 4]
     assert rows[0]["kl_base"] == 0 and (last["kl_base"] > 0 or method in ("gepa", "distill"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
     moved = any(not torch.equal(p, q) for p, q in zip(theirs.parameters(), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").parameters()))
