@@ -107,7 +107,7 @@ class Config:
     memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU",
                             most=math.inf)
     # fast weights
-    passes: float = setting(5.0, "budget of a fast phase, in rollouts per problem of the cycle: up to 2 measure the old prompts, more also search for new ones", "paper: 960 over 192")
+    passes: float = setting(5.0, "budget of a fast phase, in rollouts per problem of the cycle: up to 3 measure the old prompts, the others search for new ones", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device, task and method")
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "who rewrites: self, the current weights; base, the frozen starting weights; or another model's name",
@@ -994,7 +994,7 @@ def plot(folders, path):
 
     for i, folder in enumerate(folders):
         evals, tests, steps = read_points(folder)
-        colour, name = f"C{i % 10}", Path(folder).name.replace("$", r"\$")
+        colour, name = f"C{i % 10}", Path(folder).resolve().name.replace("$", r"\$").lstrip("_")      # with "_" it would be hidden
         for prefix, style, alpha, label in (("", "o-", 1, name), ("seed_", "o:", 0.5, f"{name}, seed prompt")):
             for axis, x in ((by_step, "step"), (by_rollouts, "rollouts"), (by_drift, f"{prefix}kl_base")):
                 for n, rows in enumerate(evals):          # one label for all tasks
