@@ -489,6 +489,7 @@ def load_reflector(c, *own):
     separate = c.reflector not in ("self", "base")
     reflector, tokenizer = load(c.reflector, c.device, getattr(torch, c.dtype)) if separate else own
     context = reflector.config.context_length
+    tokenizer.chat(reflect.reflection(Context(""), []))   # refused without a chat template
     refuse(tokenizer.turn_end is None, f"{c.reflector} names no token that ends an answer: its tokenizer needs an eos_token")
     refuse(c.reflection_tokens >= context,
            f"--reflection-tokens {c.reflection_tokens} leaves nothing of the reflector's context of {context} to reflect on")
@@ -1111,10 +1112,11 @@ def open_run(config, overwrite):
         raise ValueError(f"another process is at work in {folder}") from error
 
     # 2. What a killed process left half written goes.
-    ours = (folder / "config.json").exists()                  # the first file of a run: without it nothing here is known to be ours
-    pieces = (".config.json.[0-9]*", ".curves.png.[0-9]*", "checkpoint/.*.[0-9]*", "state/.*.[0-9]*", "checkpoint/.tmp??????",
-              "state/.tmp??????")
-    for pattern in pieces if ours else pieces[:1]:
+    first, rows, state = folder / "config.json", folder / "metrics.jsonl", folder / STATE
+    ours = first.is_file() and b'"asked"' in first.read_bytes()           # a run's first file; other programs have one of this name, too
+    begun = ours and (state.exists() or rows.is_file() and rows.read_bytes().count(b"\n") > 1)      # one row is older than any state
+    for pattern in (".config.json.[0-9]*", ".curves.png.[0-9]*", "checkpoint/.*.[0-9]*", "state/.*.[0-9]*", "checkpoint/.tmp??????",
+                    "state/.tmp??????") * ours:
         for leftover in folder.glob(pattern):                 # was being written when a run was killed; .tmp: by safetensors
             leftover.unlink()
 
@@ -1123,21 +1125,27 @@ def open_run(config, overwrite):
         before, stored = stored_config(folder)
         changed = {key: value for key, value in vars(config).items() if value != vars(before)[key]}
         if changed.keys() <= RESUME_FLAGS:
+            refuse(begun and not state.exists(), f"{state} is gone: put it back, or start anew with --overwrite")
             # one of the limits given anew may change another's default, as --memory does --micro-batch's
             anew = RESUME_FLAGS if changed.keys() - {"out"} else {"out"}
             resolved = dataclasses.replace(stored, **{name: getattr(resolved, name) for name in anew})
             if changed:
                 write_config(folder, config, resolved)
             return resolved, lock
-        if (folder / STATE).exists():                         # else nothing would be lost
+        if begun:                                             # else nothing would be lost
             other = ", ".join(f"{key} {vars(before)[key]!r}, now {value!r}" for key, value in changed.items())
             raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
 
     # 4. A new run: other people's files are refused, a run's own deleted, but only for a command that can replace them.
     known = {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else {"lock"}
-    strangers = {p.name for p in folder.iterdir()} - known
-    refuse(strangers, f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}): give another --out")
-    if (folder / STATE).exists():
+    theirs = [p for p in folder.iterdir() if p.name not in known and not p.name.startswith(".config.json.") or p.is_symlink()]
+    theirs += [p for p in (folder.glob("*/*") if ours else ()) if p.is_dir()]
+    names = ", ".join(sorted(str(p.relative_to(folder)) for p in theirs)[:3])
+    refuse(theirs, f"{folder} holds other files ({names}): give another --out")
+    for name in (resolved.model, resolved.reflector):
+        refuse(os.path.exists(name) and folder.resolve() in Path(name).resolve().parents,
+               f"{name} would be deleted with all else that {folder} holds: give another --out")
+    if begun:
         inputs_of(resolved)
     for pattern in ("state/*", "curves.png", *Run.JOURNALS, "checkpoint/*"):      # the last may be of another model, with other files
         for file in folder.glob(pattern):

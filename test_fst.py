@@ -3012,6 +3012,48 @@ def test_overwrite_leaves_nothing_of_the_old_checkpoint(tmp_path):
     assert {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()} == fresh
 
 
+def test_nothing_is_deleted_that_is_not_the_runs_or_that_it_needs(tmp_path):
+    """The weights that it is to start from; a finished run whose state was deleted; another program's config.json; what lies inside or
+    behind a link; and a reflector is looked at first."""
+    out = tmp_path / "run"
+    run_fst(tmp_path, *SHORT, "--out", out)
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "second", "--model", out / "checkpoint")
+    shutil.copytree(tmp_path / "model", tmp_path / "silent")
+    (tmp_path / "silent" / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((tmp_path / "silent" / "tokenizer_config.json").read_text())
+    (tmp_path / "silent" / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "chat_template"}))
+
+    def keeps_all(said, folder, *flags):
+        everything = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert said in one_sentence(run_fst(tmp_path, *flags, "--out", folder, check=False))
+        assert all(path.is_file() and path.read_bytes() == content for path, content in everything.items())
+
+    keeps_all("would be deleted", out, *SHORT, "--model", out / "checkpoint", "--overwrite")
+    keeps_all("would be deleted", out, "--reflector", out / "checkpoint", "--overwrite")
+    keeps_all("chat template", out, "--reflector", tmp_path / "silent", "--overwrite")
+    (out / "checkpoint" / "converted").mkdir()
+    keeps_all("checkpoint/converted", out, *SHORT, "--overwrite")
+    (out / "checkpoint" / "converted").rmdir()
+    (out / "checkpoint").rename(tmp_path / "elsewhere")
+    (out / "checkpoint").symlink_to(tmp_path / "elsewhere")
+    keeps_all("other files (checkpoint)", out, *SHORT, "--overwrite")
+    assert len(list((tmp_path / "elsewhere").iterdir())) > 3
+    (out / "checkpoint").unlink()
+    (tmp_path / "elsewhere").rename(out / "checkpoint")
+
+    (out / "state" / "state.safetensors").unlink()
+    keeps_all("state.safetensors is gone", out, *SHORT)
+    keeps_all("other settings", out, *SHORT, "--lr", 0.5)
+    keeps_all("--max-new-tokens", out, *SHORT, "--max-new-tokens", 5000, "--overwrite")
+    run_fst(tmp_path, *SHORT, "--out", out, "--overwrite")
+
+    (tmp_path / "theirs" / "checkpoint").mkdir(parents=True)
+    for name, text in (("config.json", '{"lr": 1}'), ("metrics.jsonl", "{}\n"), ("checkpoint/best.bin", "weights"), ("checkpoint/.cache.1", "x"), (".config.json.1", "x")):
+        (tmp_path / "theirs" / name).write_text(text)
+    for flag in ([], ["--overwrite"]):
+        keeps_all("other files", tmp_path / "theirs", *SHORT, *flag)
+
+
 def test_eval_takes_only_what_it_uses(tmp_path, capsys):
     run_fst(tmp_path, *SHORT, "--out", tmp_path / "run")
     printed = {n: (fst.main(["--eval", str(tmp_path / "run"), "--eval-problems", str(n)]), capsys.readouterr().out)[1] for n in (2, 3)}
