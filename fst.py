@@ -113,7 +113,7 @@ class Config:
     reflector: str = setting("self", "who rewrites: self, the current weights; base, the frozen starting weights; or another model's name",
                              "paper: another frozen model")
     # evaluation and files
-    eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, at a task's end and, with gepa and the two orders, after a fast phase",
+    eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, at a task's end and, with gepa and the two orders, around fast phases",
                               "ours: the cycle's length", zero=True)
     eval_problems: int = setting(None, "problems in an evaluation; of the test problems twice as many", "ours by device")
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
