@@ -791,11 +791,15 @@ def save(directory, model, tokenizer):
               "torch_dtype": str(model.embedding.dtype).removeprefix("torch."), **eos}
     texts = {name: tokenizer.files[name] for name in TOKENIZER_FILES if name in tokenizer.files}
     texts["config.json"] = json.dumps(config, indent=2)
-    texts["generation_config.json"] = json.dumps(read_json(tokenizer.files, "generation_config.json") | eos, indent=2)
+    generation = read_json(tokenizer.files, "generation_config.json")     # without a penalty or a top_p: trained without, and so to be used
+    texts["generation_config.json"] = json.dumps({k: v for k, v in generation.items() if k.endswith("_token_id")} | eos, indent=2)
     weights = {}
     for ours, parts in parameter_names(c).items():
         pieces = model.get_parameter(ours).detach().cpu().split([rows for _, rows in parts])
         weights |= {name: piece for (name, _), piece in zip(parts, pieces)}
+    for name in TOKENIZER_FILES:
+        if name not in texts:                                              # another model's, saved here before
+            (directory / name).unlink(missing_ok=True)
     for name, text in texts.items():
         replace_file(directory / name, lambda path: path.write_text(text, encoding="utf-8"))
     replace_file(directory / "model.safetensors",

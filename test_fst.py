@@ -280,12 +280,29 @@ def test_softmax_and_angles_are_of_fp32_in_bf16(tmp_path):
     torch.testing.assert_close(signed_sin[:, 0, 8:].double(), angle.sin(), atol=4e-3, rtol=0)
 
 
+def test_saved_over_another_model_nothing_of_it_stays(tmp_path):
+    for name, kind in (("a", "llama"), ("b", "qwen2")):
+        write_checkpoint(tmp_path / name, kind)
+    settings = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "b" / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (tmp_path / "b" / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "a" / "chat_template.jinja").write_text("one {{ messages[0].content }}")
+    chat, wanted = [{"role": "user", "content": "two"}], load(tmp_path / "b")
+    for name in "ab":
+        save(tmp_path / "c", *load(tmp_path / name))
+    assert load(tmp_path / "c")[1].chat(chat) == wanted[1].chat(chat) != load(tmp_path / "a")[1].chat(chat)
+
+
 def test_all_stop_ids_are_saved(tmp_path):
     """Qwen and Llama 3 have several: a checkpoint that lost one would run on behind an answer."""
     write_checkpoint(tmp_path / "a", "llama")
     (tmp_path / "a" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     save(tmp_path / "b", *load(tmp_path / "a"))
     assert load(tmp_path / "b")[1].stop_ids == (0, 7, 9)
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "repetition_penalty": 1.5, "top_k": 3}))
+    save(tmp_path / "b", *load(tmp_path / "a"))                                 # how another model is best sampled is not how this one was trained
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"eos_token_id": [0, 7, 9]}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == [0, 7, 9]
 
