@@ -78,7 +78,7 @@ class Config:
     method: str = setting("fst", f"one of {', '.join(METHODS)}", "paper: fst", choices=METHODS)
     model: str = setting("auto", "a Hub id, a Hugging Face directory, a .gguf file, or smollm2-135m")
     why_model: str = ""                                   # no flag: why this model, for the record
-    seed_prompt: str = setting("", "to start from, a text or a file: a system prompt, or JSON with examples; empty: the task's own")
+    seed_prompt: str = setting("", "to start from, a text or a file: a system prompt, or JSON with examples; empty: the task's own (of several, prompts evolve from the first one's)")
     data: str = setting("", "folder of the task's data; empty: $FST_DATA, the cache, a download")
     seed: int = setting(0, "of everything random", zero=True, most=math.inf)
     device: str = setting("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
@@ -92,7 +92,7 @@ class Config:
     prompts: int = setting(None, "K: prompts in the population", "paper: 4; on a CPU 2")
     # sampling
     max_new_tokens: int = setting(None, "limit of an answer", "paper: not known; ours by device and task")
-    temperature: float = setting(1.0, "of the rollouts that train; no truncation, so that the loss knows the sampling policy")
+    temperature: float = setting(1.0, "of the rollouts of both channels; no truncation, so that the loss knows the sampling policy")
     slots: int = setting(None, "rows decoded at once", "ours by device")
     # slow weights
     loss: str = setting("cispo", f"one of {', '.join(LOSSES)}", "paper", choices=LOSSES)
@@ -107,7 +107,7 @@ class Config:
     memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU",
                             most=math.inf)
     # fast weights
-    passes: float = setting(5.0, "budget of a fast phase, in rollouts per problem of the cycle: up to 3 measure the old prompts, the others search for new ones", "paper: 960 over 192")
+    passes: float = setting(5.0, "budget of a fast phase, in rollouts per problem of the cycle: at 5 up to 3 measure the old prompts, the others search for new ones", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device, task and method")
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "who rewrites: self, the current weights; base, the frozen starting weights; or another model's name",
@@ -822,7 +822,7 @@ class Run:
             if hashlib.sha256((self.folder / name).read_bytes()[:length]).hexdigest() != sha256:
                 changed.append(self.folder / name)
         kept = lambda settings: {name: value for name, value in settings.items() if name not in RESUME_FLAGS}
-        if kept(state["config"]) != kept(vars(self.config)):
+        if kept(vars(Config()) | state["config"]) != kept(vars(self.config)):      # a setting younger than the run had its default
             changed.append(self.folder / "config.json")
         else:                                             # of the same task and model
             changed += [what for what, before in origin.items() if self.origin[what] != before]

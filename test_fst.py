@@ -3181,6 +3181,10 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
 SHORT = ["--method", "rl", "--steps", 2, "--cycle", 1]
 
 
+    older = json.dumps(run | {"config": {key: value for key, value in run["config"].items() if key != "kl"}})     # before a setting was added
+    assert run["config"]["kl"] == fst.Config().kl
+    safetensors.torch.save_file(tensors, state, {"run": older, "sha256": fst.digest(older, sorted(tensors.items()))})
+    assert run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2).code == 0 and what_counts(tmp_path / "run") == before
 def one_sentence(ended):
     assert ended.code == 2 and len(ended.err) == 1 and "Traceback" not in ended.printed, ended.printed[-1000:]
     return ended.err[0]
