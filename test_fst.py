@@ -1631,6 +1631,10 @@ def test_samples_differ_within_a_group_and_between_seeds(tiny):
 
 def test_sampled_frequencies_are_the_softmax():
     """2: untruncated; of 40,000 evenly spaced uniforms each of 1,000 tokens gets its share, and the log-prob is the tempered softmax's."""
+    for ids in (torch.tensor(prompts), np.array(prompts)):                      # whoever counts equal prompts must see that they are equal
+        assert Sampler(ours, tokenizer).generate(ids, 8, seed=(0, 1)) == one
+    with pytest.raises(ValueError, match="one text"):
+        Sampler(ours, tokenizer).generate("hello", 8)
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) * 2
     uniform = (torch.arange(40000) + 0.5) / 40000
     tokens, logprobs = rollout.pick(logits.expand(40000, -1), uniform, 0.8)
@@ -1719,7 +1723,9 @@ def test_advantages():
 @pytest.mark.parametrize("ratio, cispo, grpo, dapo", [(1.0, 1.0, 1.0, 1.0), (10.0, 4.0, 0.0, 0.0), (0.1, 0.1, 0.1, 0.1), (1.25, 1.25, 0.0, 1.25)])
 def test_each_loss_by_hand(ratio, cispo, grpo, dapo):
     """9, 10: d loss / d log pi at a positive advantage is minus the weight times A; at a negative one the clips turn round."""
-    for kind, weight in (("cispo", cispo), ("grpo", grpo), ("dr_grpo", grpo), ("dapo", dapo)):
+    expected = {"cispo": cispo, "grpo": grpo, "dr_grpo": grpo, "dapo": dapo}
+    assert expected.keys() == fst.LOSSES.keys()
+    for kind, weight in expected.items():
         logprob = torch.tensor([-1.0], requires_grad=True)
         loss = fst.token_loss(kind, logprob, logprob.detach() - math.log(ratio), torch.tensor([2.0]))
         loss.backward()
