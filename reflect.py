@@ -339,7 +339,7 @@ class Search:
         self.partner = {}                                               # merged context -> id of its second parent
         self.sentences = []                                             # of the feedback, general enough to be lessons
         self.feedback = defaultdict(list)                               # by problem id, as are `solutions`
-        self.bare = {p.id for p in self.anchors if p.solution == f"#### {p.answer}"}                   # nobody gave their working
+        self.bare = {p.id for p in self.anchors if p.solution in ("", f"#### {p.answer}")}             # nobody gave their working
         # Of problems that come again what is known stays known: with their scores kept, too, they may not be asked again.
         self.solutions = defaultdict(dict, {p.id: population.solutions[p.id] for p in self.anchors if p.id in population.solutions})
         answers = Counter(p.answer for p in self.anchors)               # a word that answers several problems gives none of them away

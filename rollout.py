@@ -148,15 +148,17 @@ class Task:
 
     def __init__(self, argument="", level=1, data=None):
         refuse(level not in range(1, self.levels + 1), f"task {self.name} has no level {level}: its highest is {self.levels}")
-        self.name += f":{Path(argument).stem}" * bool(argument)
+        self.name += f":{Path(argument).stem if os.path.isfile(argument) else argument}" * bool(argument)
         label = self.name + (f"-{level}" if self.levels > 1 else "")
         rows, questions = self.rows(argument, level, data), set()
         self.splits = {"test": [], "val": [], "train": []}      # a question that is in several stays in the first of these
         for split, problems in self.splits.items():
-            for i, (question, answer, *solution) in enumerate(rows.get(split, [])):
-                words = " ".join(question.split())
-                if words not in questions:              # without steps the answer in its form is the reference solution
-                    problems.append(Problem(f"{label}/{split}/{i}", question, str(answer), "".join(solution) or f"#### {answer}"))
+            for i, (question, answer, *more) in enumerate(rows.get(split, [])):
+                words, answer, solution = " ".join(question.split()), str(answer), more[0] or "" if more else ""
+                if not same_answer(answer, extract_answer(solution) or ""):       # without steps it is the answer in its form
+                    solution = f"{solution}\n#### {answer}".lstrip()
+                if words not in questions:
+                    problems.append(Problem(f"{label}/{split}/{i}", question, answer, solution))
                 questions.add(words)
         if not all(self.splits.values()):
             sizes = ", ".join(f"{split} {len(problems)}" for split, problems in self.splits.items())
@@ -196,12 +198,13 @@ class Task:
 
 
 class Generated(Task):
-    """Problems from one random stream, a function of name and level: `make(rng, level)` gives question, answer and steps."""
+    """Problems from one random stream, a function of name and level: `make(rng, level)` gives question, answer and a list of steps."""
 
     def rows(self, argument, level, data):
         rng, drawn = random.Random(f"{self.name}-{level}"), {}
         for _ in range(100_000):
             question, answer, steps = self.make(rng, level)
+            refuse(isinstance(steps, str), f"task {self.name} gives steps that are one text: they must be a list of lines")
             drawn[question] = question, answer, "\n".join([*steps, f"#### {answer}"])
             if len(drawn) == 512 + 256 + 4096:
                 break
@@ -337,8 +340,6 @@ def parse_row(line):
     refuse(not plain(question) or not plain(answer),
            f"'question' or 'answer' is missing or empty, of {', '.join(row) or 'nothing'}")
     refuse(split not in ("", "train", "val", "test"), f"'split' must be train, val or test, not {split!r:.40}")
-    if solution and not same_answer(answer, extract_answer(solution) or ""):
-        solution += f"\n#### {answer}"
     return question, answer, solution, split
 
 
@@ -628,7 +629,8 @@ class Sampler:
 
         A row's randomness is a function of (seed, its prompt, how many equal prompts stand before it), one uniform per token,
         drawn ahead: who else is in the batch changes a row by the arithmetic's rounding at most."""
-        prompts = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in prompts]
+        refuse(isinstance(prompts, str), "prompts must be a list of prompts, and are one text")
+        prompts = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else map(int, p)) for p in prompts]      # int: of tensors, too
         context = self.model.config.context_length
         for prompt in prompts:
             refuse(not 0 < len(prompt) < context, f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}")

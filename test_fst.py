@@ -1155,8 +1155,11 @@ def damage(places):
 
 
 def test_jsonl_lines_are_read_or_refused(monkeypatch):
-    """A case is the content of a file, most of them a good line with a few bytes changed."""
+    """A case is the content of a file, most of them a good line with a few bytes changed. The reference solution of what is read ends in
+    the answer, in its form."""
     ends = Counter()
+    others = {"val": [("the validation problem", 1)], "test": [("the test problem", 1)]}
+    task_of = lambda row: type("Own", (rollout.Task,), {"name": "own", "rows": lambda *_: {"train": [row], **others}})()
 
     def check(content):
         monkeypatch.setattr(rollout, "Path", lambda path: types.SimpleNamespace(read_bytes=lambda: content))     # no disk
@@ -1168,7 +1171,8 @@ def test_jsonl_lines_are_read_or_refused(monkeypatch):
         else:
             for question, answer, solution, split in rows:
                 assert question.strip() and answer.strip() and split in ("", "train", "val", "test")
-                assert not solution or same_answer(answer, extract_answer(solution))
+                problem, = task_of((question, answer, solution)).problems("train")
+                assert problem.solution.startswith(solution) and same_answer(answer, extract_answer(problem.solution))
                 ends["read"] += 1
 
     ten_thousand(check, st.binary(max_size=60) | st.binary(min_size=2, max_size=8).map(damage),
@@ -1627,14 +1631,14 @@ def test_samples_differ_within_a_group_and_between_seeds(tiny):
     one, again, other = (Sampler(ours, tokenizer).generate(prompts, 8, seed=s) for s in ((0, 1), (0, 1), (0, 2)))
     assert one == again and one != other
     assert len({c.tokens[0] for c in one}) > 4
-
-
-def test_sampled_frequencies_are_the_softmax():
-    """2: untruncated; of 40,000 evenly spaced uniforms each of 1,000 tokens gets its share, and the log-prob is the tempered softmax's."""
     for ids in (torch.tensor(prompts), np.array(prompts)):                      # whoever counts equal prompts must see that they are equal
         assert Sampler(ours, tokenizer).generate(ids, 8, seed=(0, 1)) == one
     with pytest.raises(ValueError, match="one text"):
         Sampler(ours, tokenizer).generate("hello", 8)
+
+
+def test_sampled_frequencies_are_the_softmax():
+    """2: untruncated; of 40,000 evenly spaced uniforms each of 1,000 tokens gets its share, and the log-prob is the tempered softmax's."""
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) * 2
     uniform = (torch.arange(40000) + 0.5) / 40000
     tokens, logprobs = rollout.pick(logits.expand(40000, -1), uniform, 0.8)
@@ -3177,6 +3181,10 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
     state.write_bytes(whole)
     with safetensors.safe_open(state, "pt") as file:              # whole, but of a version of the program that saved less
         run, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}
+    older = json.dumps(run | {"config": {key: value for key, value in run["config"].items() if key != "kl"}})     # before a setting was added
+    assert run["config"]["kl"] == fst.Config().kl
+    safetensors.torch.save_file(tensors, state, {"run": older, "sha256": fst.digest(older, sorted(tensors.items()))})
+    assert run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2).code == 0 and what_counts(tmp_path / "run") == before
     for absent in ("origin", "micro_batch", "spent"):
         text = json.dumps({key: value for key, value in run.items() if key != absent})
         safetensors.torch.save_file(tensors, state, {"run": text, "sha256": fst.digest(text, sorted(tensors.items()))})
@@ -3187,10 +3195,6 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
 SHORT = ["--method", "rl", "--steps", 2, "--cycle", 1]
 
 
-    older = json.dumps(run | {"config": {key: value for key, value in run["config"].items() if key != "kl"}})     # before a setting was added
-    assert run["config"]["kl"] == fst.Config().kl
-    safetensors.torch.save_file(tensors, state, {"run": older, "sha256": fst.digest(older, sorted(tensors.items()))})
-    assert run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2).code == 0 and what_counts(tmp_path / "run") == before
 def one_sentence(ended):
     assert ended.code == 2 and len(ended.err) == 1 and "Traceback" not in ended.printed, ended.printed[-1000:]
     return ended.err[0]
@@ -4424,6 +4428,13 @@ def test_where_no_working_is_given_the_models_own_becomes_the_example():
     assert len(search.probes) == 12 and all(text == p.solution for p, text in search.probes)
     assert set(map(made_of, search.example(Context(""), set()).examples)) <= {p.id for p in plain} - {p.id for p, _ in search.probes}
 
+    nothing = [dataclasses.replace(p, solution="") for p in plain]                        # a Problem that was made without one
+    search = reflect.Search(Population([Context("Be brief.")]), nothing, None, None, None, count, 240, 0, 0, 2000)
+    for p in nothing[:3]:
+        search.candidates[0].scores[0] = search.candidates[0].formed[0] = {}
+        search.record(search.candidates[0], told(p, f"The sum is {p.answer}."))
+    assert set(search.worked()) == {p.id for p in nothing[:3]}
+
     writes = lambda p: f"The sum is {p.answer}." if p in plain[:5] else f"I count.\n#### {p.answer}" if p in plain[5:10] else "I do not know."
     search = reflect.Search(Population([Context("Be brief.")]), plain, None, None, lambda jobs: [0.0] * len(jobs), count, 240, 0, 0, 2000)
     search.spend = lambda jobs: [search.record(c, told(p, writes(p))) for c, p in jobs]
@@ -4476,6 +4487,8 @@ def test_a_tasks_own_rows():
     task = Own()
     assert [(p.answer, p.solution) for p in task.problems("train")] == [("2", "#### 2"), ("3", "1 + 2 = 3\n#### 3")]
     assert task.grade(task.problems("train")[0], "#### 2").reward == 1
+    Own.given |= {"train": [("1 + 1?", 2, None), ("1 + 2?", 3, "1 + 2 = 3"), ("1 + 5?", 6, "", "more")]}       # the answer in its form is added
+    assert [p.solution for p in Own().problems("train")] == ["#### 2", "1 + 2 = 3\n#### 3", "#### 6"]
     Own.given = {"train": [("1 + 1?", 2)], "test": [("1 + 4?", 5)]}
     with pytest.raises(ValueError, match="test 1, val 0, train 1"):
         Own()

@@ -82,6 +82,8 @@ class Changed(fst.Run):
     def batch(self, task, step):
         if not self.changed:                              # at the first phase of this process: what was saved is read by then
             self.changed = True
+            if self.config.method in ("gepa", "distill") and change not in ("no-reuse", "no-solutions"):
+                raise ValueError(f"--method {self.config.method} does not use what {change} changes")
             CHANGES[change](self)
         return super().batch(task, step)
 
