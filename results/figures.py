@@ -31,10 +31,10 @@ OVERVIEW = {    # what the data give -> lines of README's figure: (group, method
         ("arithmetic-fewshot", "fst", "C0--", "fst, six random solutions in its seed prompt"),
         ("arithmetic-fewshot", "rl", "C1--", "rl, six random solutions in its prompt")],
     "arithmetic, only answers given": [
-        ("arithmetic-no-solutions", "fst", "C0-", "fst"),
+        ("arithmetic-no-solutions", "fst", "C0-", "fst"), ("arithmetic-36-no-solutions", "fst", "C0--", "fst, 36 smaller steps"),
         ("arithmetic-form-no-solutions", "rl", "C1-", "rl, a prompt that asks for the form"),
         ("arithmetic-fewshot-no-solutions", "rl", "C1--", "rl, seven or eight random answers in its prompt"),
-        ("arithmetic-36-self-taught", "rl", "C2-", "fine-tuned on its own right answers, 36 steps"),
+        ("arithmetic-36-self-taught", "rl", "C2-", "fine-tuned on its own right answers, 36 smaller steps"),
         ("arithmetic-turns", "rl", "C1:", "rl, two worked examples written by hand")]}
 
 
