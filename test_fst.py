@@ -4369,7 +4369,7 @@ def test_no_anchor_survives_in_an_instruction_or_lesson():
                 operators.add(c.operator)
                 assert not leaks(c.context.system, told)
     assert operators == {"seed", *reflect.OPERATORS}
-    search = reflect.Search(Population([Context("")]), [Problem("a", "Where are they?", "shed")], None, lambda chats, _: [("", True)], None, count, 0, 0, 0, 200)
+    search = reflect.Search(Population([Context("")]), [Problem("a", "Where are they?", "shed"), Problem("b", "Where is it?", "barn")], None, lambda chats, _: [("", True)], None, count, 0, 0, 0, 200)
     search.feedback = {i: ["They are in the shed. Say in one word where."] for i in "ab"}
     seed, = search.candidates
     search.propose([seed], {seed: []}, 4)
