@@ -791,8 +791,9 @@ def save(directory, model, tokenizer):
               "torch_dtype": str(model.embedding.dtype).removeprefix("torch."), **eos}
     texts = {name: tokenizer.files[name] for name in TOKENIZER_FILES if name in tokenizer.files}
     texts["config.json"] = json.dumps(config, indent=2)
-    generation = read_json(tokenizer.files, "generation_config.json")     # without a penalty or a top_p: trained without, and so to be used
-    texts["generation_config.json"] = json.dumps({k: v for k, v in generation.items() if k.endswith("_token_id")} | eos, indent=2)
+    # of how to generate only the ids stay: these weights were trained without the penalties and the truncation that others may want
+    ids = {key: id for key, id in read_json(tokenizer.files, "generation_config.json").items() if key.endswith("_token_id")}
+    texts["generation_config.json"] = json.dumps(ids | eos, indent=2)
     weights = {}
     for ours, parts in parameter_names(c).items():
         pieces = model.get_parameter(ours).detach().cpu().split([rows for _, rows in parts])

@@ -223,9 +223,8 @@ def general_sentences(feedback, answers):
     one choice, as "the right answer is C." does; what holds a digit may speak of one, too."""
     said = defaultdict(set)                               # sentence -> the right answers to the problems that it was said of
     for id, texts in feedback.items():
-        for text in texts:
-            for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
-                said[sentence.strip()].add(answers[id])
+        for sentence in re.split(r"(?<=[.!?])\s+|\n", "\n".join(texts)):
+            said[sentence.strip()].add(answers[id])
     whole = lambda s: s.endswith((".", "!")) and len(s.split()) > 3
     return sorted(s for s, right in said.items() if len(right) > 1 and whole(s) and not re.search(r"\d", s))
 

@@ -155,7 +155,8 @@ class Task:
         for split, problems in self.splits.items():
             for i, (question, answer, *more) in enumerate(rows.get(split, [])):
                 words, answer, solution = " ".join(question.split()), str(answer), more[0] or "" if more else ""
-                if not same_answer(answer, extract_answer(solution) or ""):       # without steps it is the answer in its form
+                given = extract_answer(solution)
+                if given is None or not same_answer(answer, given):       # steps alone, or nothing: the answer in its form ends it
                     solution = f"{solution}\n#### {answer}".lstrip()
                 if words not in questions:
                     problems.append(Problem(f"{label}/{split}/{i}", question, answer, solution))
@@ -205,7 +206,7 @@ class Generated(Task):
         for _ in range(100_000):
             question, answer, steps = self.make(rng, level)
             refuse(isinstance(steps, str), f"task {self.name} gives steps that are one text: they must be a list of lines")
-            drawn[question] = question, answer, "\n".join([*steps, f"#### {answer}"])
+            drawn[question] = question, answer, "\n".join(steps)
             if len(drawn) == 512 + 256 + 4096:
                 break
         else:

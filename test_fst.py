@@ -4431,7 +4431,6 @@ def test_where_no_working_is_given_the_models_own_becomes_the_example():
     nothing = [dataclasses.replace(p, solution="") for p in plain]                        # a Problem that was made without one
     search = reflect.Search(Population([Context("Be brief.")]), nothing, None, None, None, count, 240, 0, 0, 2000)
     for p in nothing[:3]:
-        search.candidates[0].scores[0] = search.candidates[0].formed[0] = {}
         search.record(search.candidates[0], told(p, f"The sum is {p.answer}."))
     assert set(search.worked()) == {p.id for p in nothing[:3]}
 
