@@ -1390,6 +1390,23 @@ def test_scores_and_gradients_equal_rows_alone(pair, monkeypatch, on_gpu):
     ours.zero_grad()
 
 
+def test_recomputed_attention_has_the_kept_ones_gradients(tiny, monkeypatch):
+    """To the bit: few scores are kept for the backward pass, many are computed again, where a row's prefix is short and where it is long."""
+    ours, _, _ = tiny
+    rows, found = [*rows_that_share(), (random_ids(60, 9), random_ids(4, 9))], []
+    for most, calls in ((model.KEPT_KEYS, 0), (20, 1), (0, 1)):
+        recomputed, again = model.recomputed, []
+        monkeypatch.setattr(model, "KEPT_KEYS", most)
+        monkeypatch.setattr(model, "recomputed", lambda f, *a: (again.append("attend_rectangle" in str(f)), recomputed(f, *a))[1])
+        logprobs, _ = score(ours, rows)
+        logprobs.sum().backward()
+        monkeypatch.setattr(model, "recomputed", recomputed)
+        found.append([logprobs.detach(), *(p.grad.clone() for p in ours.parameters())])
+        assert any(again) == bool(calls)
+        ours.zero_grad()
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
 def test_a_prefix_is_run_once(tiny):
     """8 samples of one prompt and 4 questions under one context: as many tokens as there are distinct ones."""
     ours, tokenizer, _ = tiny
