@@ -8,6 +8,7 @@ What the model is asked, how it answers, and how the answer is graded.
   score     the log-probs of given answers, with gradient: what the sampler computed, all tokens at once; `divergence`, how far two
             models are apart on them
 """
+import functools
 import hashlib
 import http.client
 import inspect
@@ -19,7 +20,7 @@ import random
 import re
 import sys
 import urllib.request
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -671,7 +672,7 @@ class Sampler:
         blocks = []
         bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="row")
         try:
-            with bar, self.model.packing():
+            with bar, self.model.packing(), torch.cuda.device_of(self.model.embedding):       # a graph is recorded on the current card
                 while waiting or blocks:
                     free = slots - sum(len(block.row) for block in blocks)
                     if waiting and free >= min(len(waiting), slots / 2):
@@ -768,10 +769,10 @@ class Sampler:
 
 def uniforms(prompts, count, seed):
     """One uniform in [0, 1) per prompt and new token, [prompts, count] fp32; seed: an integer or a tuple of them."""
-    seen, out = {}, np.empty((len(prompts), count), dtype=np.float32)
+    text, seen, out = functools.cache(repr), Counter(), np.empty((len(prompts), count), dtype=np.float32)
     for row, prompt in enumerate(prompts):
-        seen[prompt] = seen.get(prompt, -1) + 1
-        key = hashlib.sha256(repr((seed, prompt, seen[prompt])).encode()).digest()
+        key = hashlib.sha256(f"({seed!r}, {text(prompt)}, {seen[prompt]})".encode()).digest()
+        seen[prompt] += 1
         out[row] = np.random.Generator(np.random.Philox(int.from_bytes(key[:16], "little"))).random(count, dtype=np.float32)
     return out
 
@@ -835,9 +836,9 @@ def answer_states(model, rows):
             ends[row] = len(segments) - 1
     layout = Layout(segments, model.embedding.device)
     # a row's path from its prompt's last token on: whose hidden states predict the completion
-    predictors = [i for (prompt, _), end in zip(rows, ends) for i in layout.paths[end][len(prompt) - 1:]]
-    hidden = model.hidden(layout.tokens, layout.positions, layout.attend)
-    return hidden[predictors], torch.tensor([token for _, tokens in rows for token in tokens], device=hidden.device)
+    predictors = torch.tensor([i for (prompt, _), end in zip(rows, ends) for i in layout.paths[end][len(prompt) - 1:]], device=device)
+    targets = torch.tensor([token for _, tokens in rows for token in tokens], device=device)
+    return model.hidden(layout.tokens, layout.positions, layout.attend)[predictors], targets
 
 
 def score(model, rows, temperature=1.0):
