@@ -81,8 +81,9 @@ class Context:
 
     @staticmethod
     def from_json(row):
-        """{"system": ..., "examples": [{"question": ..., "answer": ...}, ...]} -> Context; the examples may be missing. What the row
-        holds beside them is passed over; what an example does, or what is no text, raises."""
+        """{"system": ..., "examples": [{"question": ..., "answer": ...}, ...]} -> Context. The system text may stand alone. What the row
+        holds beside both is passed over; what an example does, or what is no text, raises."""
+        refuse("examples" not in row and len(row) > 1, "it has no 'examples'")      # but perhaps 'example'
         context = Context(row["system"], tuple(map(Example.from_json, row.get("examples", ()))))
         if not all(isinstance(text, str) for text in (context.system, *(t for e in context.examples for t in vars(e).values()))):
             raise ValueError("not a text")

@@ -920,7 +920,7 @@ def test_a_seed_prompt_in_json():
     assert rollout.read_context('{"system": "Add."}') == Context("Add.")
     population = Population([context, Context("another")])
     assert rollout.read_context(json.dumps(population.to_json())) == context                # the best of a run's prompts
-    for wrong in ({}, {"sytem": "Add."}, {"system": 1}, seed | {"examples": "none"}, seed | {"examples": [{"question": "1 + 1?"}]},
+    for wrong in ({}, {"sytem": "Add."}, {"system": "Add.", "example": examples}, {"system": 1}, seed | {"examples": "none"}, seed | {"examples": [{"question": "1 + 1?"}]},
                   seed | {"examples": [examples[0] | {"answer": 2}]}, seed | {"examples": [examples[0] | {"more": ""}]}, {"candidates": []}):
         with pytest.raises(ValueError, match="a seed prompt in JSON must be"):
             rollout.read_context(json.dumps(wrong))
