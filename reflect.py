@@ -5,10 +5,10 @@ A prompt is a Context: a system text (an instruction, then lessons, one line "- 
 takes the K prompts of the last cycle and the problems of the next one, the anchors, and spends a budget of rollouts:
 
   1. measure   The carried prompts are asked again: the weights moved, and scores of other weights never count.
-  2. rounds    Parents are drawn from the Pareto frontier and answer 3 problems, of those they failed. Operators propose children
+  2. rounds    Parents are drawn from the Pareto frontier and answer 3 problems, those they failed first. Operators propose children
                of them. A child is accepted if it beats its parent strictly on the same minibatch; or, where neither solves any of
-               it, if known solutions are likelier under the child, or, at a hard start, two more answers are in the form asked
-               for. The most promising of the accepted are scored on all anchors, without which a prompt cannot win.
+               it, if known solutions are likelier under the child, or, where the parent solves next to nothing, two more answers are
+               in the form asked for. The most promising of the accepted are scored on all anchors, without which a prompt cannot win.
   3. keep      Of the prompts that cannot be told from the best, the one under which known solutions are likeliest (where nothing is
                right, weighed with the form of the answers); then those that add most to what the kept ones solve.
 
@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from model import refuse
 from rollout import NUMBER, Context, Example, extract_answer, same_answer
 
-OPERATORS = ("rewrite", "lesson", "example", "brief", "merge")           # `propose` leaves out the first or the last
+OPERATORS = ("rewrite", "lesson", "example", "brief", "merge")
 MINIBATCH = 3             # problems that a child is compared with its parent on (GEPA's)
 PROBES = 16               # at most: anchors with a known solution, whose log-prob under a prompt says more than few rewards of 0
 
@@ -363,6 +363,8 @@ class Search:
         return rollouts
 
     def record(self, candidate, rollout):
+        """Takes note of an answer: its score; of a wrong one the feedback, and as "reference" the solution that it quotes; of a right one
+        its text, as "own". Of a problem whose working nobody gave, "reference" is what the model wrote on its way to the right answer."""
         problem = rollout.problem
         assert candidate.scorers([problem]), "a prompt is never scored on its own example"
         candidate.record(rollout, self.step)
@@ -443,15 +445,16 @@ class Search:
         before = {parent: count(traces[parent]) for parent in parents}
         parents = [parent for parent in parents if before[parent][0] < len(traces[parent])]   # a perfect one cannot be beaten
 
-        # 2. Proposals, and the gate: strictly better than the parent on the same minibatch. Where neither solves any of it, which
-        #    tells nothing and at a hard start is the rule, it suffices that known solutions are likelier, or, if the parent solves
-        #    next to nothing else, that two more answers are in form.
+        # 2. Proposals, and the gate.
         children = self.propose(parents, traces, width) if parents else []
         rollouts = iter(self.spend([(child, p) for child, parent in children for p in minibatches[parent]]))
         for child, parent in children:
             (right, formed), (parent_right, parent_formed) = count([next(rollouts) for _ in minibatches[parent]]), before[parent]
             child.reason = (f"{right:.3g} of {len(minibatches[parent])} right, {formed} in form, where its parent got {parent_right:.3g} "
                             f"and {parent_formed}")
+            # Strictly better than the parent on the same problems. Where neither solves any of them, which tells nothing, it suffices
+            # that known solutions are likelier, or, if the parent solves next to nothing else, that two more answers are in form.
+            better, blank = right > parent_right, right == parent_right == 0
             tidier = formed >= parent_formed + 2 and self.unsolved(parent.mean(self.step))
             if right > parent_right or (right == parent_right == 0 and (tidier or self.likelier(child.context, parent.context))):
                 child.verdict = "accepted"
@@ -495,19 +498,19 @@ class Search:
         """Up to `width` children to be asked: list of (candidate, parent). traces: the rollouts of each parent's minibatch."""
         sentences = map(printable, general_sentences(self.feedback, {p.id: p.answer for p in self.anchors}))
         self.sentences = [s for s in sentences if not leaks(s, self.anchors) and not MARKUP.search(s)]
-        able = OPERATORS if len(self.contenders) > 1 else OPERATORS[:-1]          # a merge takes two prompts
+        able = [name for name in OPERATORS if name != "merge" or len(self.contenders) > 1]          # a merge takes two prompts
         names = [name for name in able if not any(self.population.operators[name])]                   # each has a first chance
         names = [*names, *(self.draw_operator(able) for _ in range(width - len(names)))][:width]
-        slots = Counter((name, self.rng.choice(parents)) for name in names)       # (operator, parent) -> number of children
+        orders = Counter((name, self.rng.choice(parents)) for name in names)       # (operator, parent) -> number of children
 
-        asked = [parent for name, parent in slots.elements() if name == "rewrite"]
+        asked = [parent for name, parent in orders.elements() if name == "rewrite"]
         replies = self.write([reflection(parent.context, traces[parent]) for parent in asked], self.calls) if asked else []
         written = [(self.rewrite(parent, *reply), parent) for parent, reply in zip(asked, replies)]
         children = [(child, parent) for child, parent in written if child.verdict != "rejected"]
         self.score_probes([child.context for child, _ in children])
         for _ in range(len(written) - len(children)):     # the place of a rejected one goes to another operator
-            slots[self.draw_operator(able[1:]), self.rng.choice(parents)] += 1
-        for (name, parent), n in slots.items():
+            orders[self.draw_operator([name for name in able if name != "rewrite"]), self.rng.choice(parents)] += 1
+        for (name, parent), n in orders.items():
             if name != "rewrite":
                 scoring = {r.problem.question for r in traces[parent]}
                 children += [(child, parent) for child in self.offspring(name, parent, scoring, n)]
@@ -572,12 +575,12 @@ class Search:
         return len(gains) > 1 and average(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
     def solution(self, problem_id, own=False):
-        """A known good answer as an example: the reference where the feedback gave it away, else (or if `own`) the model's."""
+        """A known good answer as an example: the "reference", or the model's "own"; where there is only one of them, that."""
         known = self.solutions[problem_id]
         return known.get("own" if own else "reference") or next(iter(known.values()))        # else whichever there is
 
     def worked(self):
-        """The problems of known solution, less those of which only the answer is known; all, where that is so of all."""
+        """The problems of known solution, less those whose working nobody gave or found; all, where that is so of all."""
         alone = lambda i: i in self.bare and self.solution(i) == answer_alone(self.solution(i))
         return [i for i in self.solutions if not alone(i)] or list(self.solutions)
 
