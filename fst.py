@@ -12,7 +12,8 @@ prompts frozen. In a step every problem gets a group of G rollouts, G / K under 
     L    = E[ - sg(min(rho_t, cap)) * A_i * log pi_theta(y_t | x, phi_i, y_<t) ],   rho_t = pi_theta / mu         (CISPO)
          + E[ beta / 2 * (log pi_theta - log pi_base)^2 ]         with the gradient of beta * KL(pi_theta || pi_base), token by token
 
-sg: no gradient; mu: the policy that sampled, whose log-probs the sampler recorded; pi_base: the model before training; beta: --kl.
+over the groups whose rewards differ; the second term under one of the prompts, drawn for each step. sg: no gradient; mu: the policy
+that sampled, whose log-probs the sampler recorded; pi_base: the model before training; beta: --kl.
 So the prompt takes up quickly what is specific to the task, and the parameters need to move less.
 
     python fst.py                       SmolLM2-135M learns word problems, on whatever this machine has
@@ -44,7 +45,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import reflect
-from model import load, out_of_memory, reading, refuse, replace_file, return_freed_memory, save
+from model import KEPT_KEYS, Refused, load, out_of_memory, reading, refuse, replace_file, return_freed_memory, save
 from rollout import LEAST_TEMPERATURE, TASKS, Context, Sampler, ask, divergence, examine, get_task, prefix_runs, read_context, score
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ MOST_MICRO_BATCH = 16384  # tokens; more is no faster
 QUESTION = 128            # tokens of a question, for planning: at least so many
 SLOW, EVALUATE, EVOLVE, REFLECT = 1, 2, 3, 4      # in the seeds of the sampler: each purpose has random numbers of its own
 RESUME_FLAGS = {"micro_batch", "slots", "memory", "out"}  # may change when a run is resumed: results change by rounding at most
-EVAL_FLAGS = {"task", "level", "data", "seed_prompt", "max_new_tokens", "device", "slots", "micro_batch", "eval_problems",
+EVAL_FLAGS = {"task", "level", "data", "seed_prompt", "max_new_tokens", "device", "slots", "micro_batch", "memory", "eval_problems",
               "eval_samples"}                             # settings of a run that --eval may override
 MOST = 1_000_000          # of any number that names no limit of its own: a configuration may come from a stranger
 STATE = "state/state.safetensors"                         # in a run's folder
@@ -67,7 +68,8 @@ LOSSES = {"cispo": (0.0, None), "grpo": (0.8, 1.2), "dapo": (0.8, 1.28), "dr_grp
 
 def setting(default, meaning, source="ours", choices=None, zero=False, most=MOST):
     """A field that is a flag: a text, one of `choices` if given; or a number above 0 (zero: or 0 itself) and at most `most`."""
-    return dataclasses.field(default=default, metadata={"help": meaning, "source": source, "choices": choices, "zero": zero, "most": most})
+    about = {"help": meaning, "source": source, "choices": choices, "zero": zero, "most": most}
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass
@@ -78,7 +80,8 @@ class Config:
     method: str = setting("fst", f"one of {', '.join(METHODS)}", "paper: fst", choices=METHODS)
     model: str = setting("auto", "a Hub id, a Hugging Face directory, a .gguf file, or smollm2-135m")
     why_model: str = ""                                   # no flag: why this model, for the record
-    seed_prompt: str = setting("", "to start from, a text or a file: a system prompt, or JSON with examples; empty: the task's own (of several, prompts evolve from the first one's)")
+    seed_prompt: str = setting("", "to start from, a text or a file: a system prompt, or JSON with examples; empty: the task's own (of "
+                                   "several, prompts evolve from the first one's)")
     data: str = setting("", "folder of the task's data; empty: $FST_DATA, the cache, a download")
     seed: int = setting(0, "of everything random", zero=True, most=math.inf)
     device: str = setting("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
@@ -107,14 +110,15 @@ class Config:
     memory: float = setting(None, "GB of memory that auto may fill", "ours: nine tenths of what is free on the card, 8 on a CPU",
                             most=math.inf)
     # fast weights
-    passes: float = setting(5.0, "budget of a fast phase, in rollouts per problem of the cycle: at 5 up to 3 measure the old prompts, the others search for new ones", "paper: 960 over 192")
+    passes: float = setting(5.0, "budget of a fast phase, in rollouts per problem of the cycle: at 5 up to 3 measure the old prompts, "
+                                 "the others search for new ones", "paper: 960 over 192")
     prompt_tokens: int = setting(None, "longest context that is proposed", "ours by device, task and method")
     reflection_tokens: int = setting(None, "limit of what the reflector writes", "ours by device")
     reflector: str = setting("self", "who rewrites: self, the current weights; base, the frozen starting weights; or another model's name",
                              "paper: another frozen model")
     # evaluation and files
-    eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, at a task's end and, with gepa and the two orders, around fast phases",
-                              "ours: the cycle's length", zero=True)
+    eval_every: int = setting(None, "slow steps between evaluations; 0: only at the start, at a task's end and, with gepa and the two "
+                                    "orders, around fast phases", "ours: the cycle's length", zero=True)
     eval_problems: int = setting(None, "problems in an evaluation; of the test problems twice as many", "ours by device")
     eval_samples: int = setting(None, "sampled answers per problem beside the greedy one", "paper: mean@4; on a CPU 1")
     save_every: int = setting(None, "slow steps between saved states", "ours: the cycle's length")
@@ -130,6 +134,11 @@ ON_CUDA = dict(steps=200, batch=32, group=16, prompts=4, max_new_tokens=256, slo
                reflection_tokens=1024, eval_problems=256, eval_samples=4)
 
 
+def task_names(text):
+    """a,b,c -> its tasks. A comma that no task's name follows belongs to an argument: jsonl:a,b.jsonl is one task."""
+    return re.split(f",(?=(?:{'|'.join(TASKS)})(?:[:,]|$))", text)
+
+
 def flag(name):
     return f"--{name.replace('_', '-')}"
 
@@ -137,7 +146,7 @@ def flag(name):
 def resolve(config):
     """Fills in what depends on the device and the task, and refuses what makes no sense."""
     c = dataclasses.replace(config)
-    names = c.task.split(",")
+    names = task_names(c.task)
     for name in names:
         refuse(name.partition(":")[0] not in TASKS, f"unknown task {name!r}: known are {', '.join(TASKS)}")
     for field in FLAGS:
@@ -218,10 +227,13 @@ def plan(c, m, weights, question=0, prompt=0, reflector=0):
     contexts = cached * K * context
     row = cached * answer + (w + 8) * V + scores * question
     # training: gradients, those of the head and the embedding, and 128 rows of logits in fp32; and for each token what autograd
-    # keeps, in each layer 4 vectors of the hidden size, 3 of the queries' and the keys' and 2 of the MLP's; its logits and scores,
-    # in `gepa`, too
+    # keeps, in each layer 4 vectors of the hidden size, 3 of the queries' and the keys' and 2 of the MLP's, on a CPU also scores, and
+    # one more of the queries' and the keys'; its logits and one layer's scores, in `gepa`, too
     gradients = trains * (4 * weights + V * (2 * w * H + 12 * 128))
-    token = trains * layers * (w * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) + (s - w) * (q + kv)) + w * V + scores
+    kept = w * (4 * H + 3 * (q + kv) + 2 * m.intermediate_size) + (s - w) * (q + kv)
+    if c.device == "cpu":
+        kept += s * m.num_heads * min(KEPT_KEYS, context + answer) + w * (q + 2 * kv)
+    token = trains * layers * kept + w * V + scores
     micro_batch, slots, room = c.micro_batch, c.slots, c.memory * 1e9 - always
     if not micro_batch:
         micro_batch = int(min(max((room - gradients) / token, LEAST_MICRO_BATCH), MOST_MICRO_BATCH))
@@ -379,17 +391,18 @@ def micro_batches(rows, limit):
             first, *others = under[prompt]                # the first also brings what the prompt does not share
             costs.append((first, len(prompt) - prefix + len(rows[first][1])))
             costs += [(i, len(rows[i][1])) for i in others]
-        total = sum(cost for _, cost in costs)
-        pieces, done = 1, 0                               # the batches that these rows are shared out to: the last, or so many new ones
-        if prefix + total > room:
-            # under a context nearly as long as the limit, or longer, the rows of a batch still get a quarter of it
-            pieces, room = math.ceil(total / max(limit - prefix, limit // 4, 1)), limit
-            batches += [[] for _ in range(pieces)]
-        last = batches[-pieces:]
+        total, done = sum(cost for _, cost in costs), 0
+        if prefix + total <= room:                        # they all fit the last batch
+            batches[-1] += [i for i, _ in costs]
+            room -= prefix + total
+            continue
+        # New batches, evenly filled. Under a context nearly as long as the limit, or longer, rows still get a quarter of it.
+        new = [[] for _ in range(math.ceil(total / max(limit - prefix, limit // 4, 1)))]
         for i, cost in costs:
-            last[done * pieces // total].append(i)
+            new[done * len(new) // total].append(i)
             done += cost
-        room -= prefix + total // pieces
+        batches += new
+        room = limit - prefix - total // len(new)
     return [batch for batch in batches if batch]
 
 
@@ -435,7 +448,7 @@ def schedule(config):
 
     Every method draws the same problems in the same order, and those with both channels spend the same budget on each."""
     phases = []
-    for i in range(len(config.task.split(","))):
+    for i in range(len(task_names(config.task))):
         slow = [("slow", i, step) for step in range(config.steps)]
         fast = [("fast", i, cycle) for cycle in range(math.ceil(config.steps / config.cycle))]
         in_turn = []                                      # fst and distill: each fast phase before the steps of its cycle
@@ -453,8 +466,8 @@ def steps_of(config, cycle):
 def tasks_of(c, trained=False):
     """The configuration's tasks, in turn. Refused are two files of one name and, unless the run is only evaluated (`trained`), a task
     with fewer training problems than one batch."""
-    tasks = [get_task(name, c.level, c.data, c.seed_prompt or None) for name in c.task.split(",")]
-    refuse(len({task.name for task in tasks}) < len(set(c.task.split(","))),
+    tasks = [get_task(name, c.level, c.data, c.seed_prompt or None) for name in task_names(c.task)]
+    refuse(len({task.name for task in tasks}) < len(set(task_names(c.task))),
            f"two of the tasks {c.task} have one name: rename a file")
     for task in tasks:
         refuse(not trained and c.batch > len(task.problems("train")),
@@ -464,9 +477,7 @@ def tasks_of(c, trained=False):
 
 def room_for_prompts(c, tasks, tokenizer, context):
     """Tokens of (the longest question, the longest prompt): in plain RL the seed prompt, else --prompt-tokens, or less where the model's
-    context leaves less beside question and answer. Refused is a model whose context is too short for the seed prompt, or that has no
-    token to end an answer."""
-    refuse(tokenizer.turn_end is None, f"{c.model} names no token that ends an answer: its tokenizer needs an eos_token")
+    context leaves less beside question and answer. Refused is a model whose context is too short for the seed prompt."""
     problems = [problem for task in tasks for split in task.splits.values() for problem in split]
     question = max(len(tokenizer.encode(problem.question)) for problem in problems)
     longest = max(len(task.seed_context.prompt(tokenizer)) for task in tasks)
@@ -482,18 +493,28 @@ def room_for_prompts(c, tasks, tokenizer, context):
     return question, min(c.prompt_tokens, context - c.max_new_tokens - question)
 
 
-def load_reflector(c, *own):
-    """Who rewrites: (model, tokenizer, number of weights beyond the run's own). own: the first two for self and base."""
-    if c.method == "rl":
-        return *own, 0
-    separate = c.reflector not in ("self", "base")
-    reflector, tokenizer = load(c.reflector, c.device, getattr(torch, c.dtype)) if separate else own
-    context = reflector.config.context_length
-    tokenizer.chat(reflect.reflection(Context(""), []))   # refused without a chat template
-    refuse(tokenizer.turn_end is None, f"{c.reflector} names no token that ends an answer: its tokenizer needs an eos_token")
-    refuse(c.reflection_tokens >= context,
-           f"--reflection-tokens {c.reflection_tokens} leaves nothing of the reflector's context of {context} to reflect on")
-    return reflector, tokenizer, separate * count_weights(reflector)
+def refuse_mute(name, tokenizer):
+    """Refused is a model that cannot be asked, or cannot end its answer."""
+    with reading(name):
+        Context("").prompt(tokenizer)
+        refuse(tokenizer.turn_end is None, "it names no token that ends an answer: its tokenizer needs an eos_token")
+
+
+def load_inputs(c):
+    """What a run begins with, or its refusal -> (tasks, model, tokenizer, tokens of the longest question, of the longest prompt, another
+    model and its tokenizer to write the rewrites, or None)."""
+    place = c.device, getattr(torch, c.dtype)
+    tasks, (model, tokenizer), other = tasks_of(c), load(c.model, *place), None
+    refuse_mute(c.model, tokenizer)
+    question, prompt = room_for_prompts(c, tasks, tokenizer, model.config.context_length)
+    if c.method != "rl":
+        if c.reflector not in ("self", "base"):
+            other = load(c.reflector, *place)
+            refuse_mute(c.reflector, other[1])
+        context = (other or [model])[0].config.context_length
+        refuse(c.reflection_tokens >= context,
+               f"--reflection-tokens {c.reflection_tokens} leaves nothing of the reflector's context of {context} to reflect on")
+    return tasks, model, tokenizer, question, prompt, other
 
 
 class Run:
@@ -505,23 +526,23 @@ class Run:
         """trained: a checkpoint to evaluate; then nothing is learnt."""
         c = self.config = config
         self.folder, self.state_file = Path(c.out), Path(c.out, STATE)
-        self.tasks = tasks_of(c, trained)
         self.phases = schedule(c)
-        self.model, self.tokenizer = load(c.model, c.device, getattr(torch, c.dtype))
-        self.base, self.learner, question, self.prompt_tokens, more = self.model, None, 0, 0, 0
         if trained:
-            self.model, _ = load(str(trained), c.device, getattr(torch, c.dtype))
+            self.tasks, self.learner, self.prompt_tokens, question = tasks_of(c, trained), None, 0, 0
+            place = c.device, getattr(torch, c.dtype)
+            (self.base, self.tokenizer), (self.model, _) = load(c.model, *place), load(str(trained), *place)
             c, more = dataclasses.replace(c, method="gepa"), count_weights(self.model)      # to plan for: two models that only score
         else:
-            question, self.prompt_tokens = room_for_prompts(c, self.tasks, self.tokenizer, self.model.config.context_length)
-            self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks])),     # a resumed run must find
-                           f"the model {c.model}": digest("", sorted(self.model.named_parameters()))}       # them unchanged
-            if c.method != "gepa":
-                self.base = copy.deepcopy(self.model).requires_grad_(False)
-                self.learner = Learner(self.model, c.lr, c.warmup)
-            *self.reflector, more = load_reflector(c, self.base if c.reflector == "base" else self.model, self.tokenizer)
-            if more:
-                self.origin[f"the reflector {c.reflector}"] = digest("", sorted(self.reflector[0].named_parameters()))
+            self.tasks, self.model, self.tokenizer, question, self.prompt_tokens, other = load_inputs(c)
+            trains = c.method != "gepa"
+            self.base = copy.deepcopy(self.model).requires_grad_(False) if trains else self.model
+            self.learner = Learner(self.model, c.lr, c.warmup) if trains else None
+            self.reflector = other or (self.base if c.reflector == "base" else self.model, self.tokenizer)
+            more = count_weights(other[0]) if other else 0
+            # A resumed run must find these unchanged.
+            models = {f"the model {c.model}": self.model} | ({f"the reflector {c.reflector}": other[0]} if other else {})
+            self.origin = {f"the data of {c.task}": digest(repr([task.splits for task in self.tasks]))}
+            self.origin |= {what: digest("", sorted(model.named_parameters())) for what, model in models.items()}
         _, self.micro_batch, slots = plan(c, self.model.config, count_weights(self.model), question, self.prompt_tokens, more)
         self.sampler = Sampler(self.model, self.tokenizer, slots)
         self.done = 0                                     # phases behind us
@@ -570,17 +591,18 @@ class Run:
         else:
             row = self.within_memory(lambda: self.reinforce(rollouts, rewards))
 
-        # 3. Log. `shown`: of one group an answer under the first prompt, of the next under the second, and so on; after the last prompt's
-        #    a group is passed over (in plain RL every second).
+        # 3. Log. `shown`: of each group one answer, under the prompts in turn.
+        share = c.group // len(contexts)
+        places = [(i, i % len(contexts) * share) for i in range(len(problems))]
+        shown = [(shared[j], rollouts[i * c.group + j]) for i, j in places]
         tokens = sum(len(r.tokens) for r in rollouts)
         self.spent["slow_rollouts"] += len(rollouts)
         self.spent["slow_tokens"] += tokens
         head = {"task": self.tasks[task].name, "step": self.steps_done() + 1}
         ids = {x.context: x.id for x in self.population.candidates}
-        shown = list(zip(jobs, rollouts))[::c.group + c.group // len(contexts)]
         self.journal("rollouts.jsonl", *[{**head, "problem": r.problem.id, "prompt": ids.get(context), "question": r.problem.question,
                                           "text": r.text, "reward": r.reward, "feedback": r.feedback, "stopped": r.stopped}
-                                         for (context, _), r in shown])
+                                         for context, r in shown])
         return {"kind": "step", **head, "reward": rewards.mean().item(),
                 "flat": (rewards == rewards[:, :1]).all(1).float().mean().item(),
                 "finished": sum(r.stopped for r in rollouts) / len(rollouts), "length": tokens / len(rollouts),
@@ -803,37 +825,35 @@ class Run:
         replace_file(self.state_file, lambda temporary: save_file(tensors, temporary, about))
 
     def restore(self):
-        try:
-            with safe_open(self.state_file, "pt") as file:
-                text, tensors = file.metadata()["run"], ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-                if file.metadata()["sha256"] != digest(text, tensors):
-                    raise ValueError("its checksum is wrong")
-                state = json.loads(text)
-                if absent := {"config", "origin", "journals", "micro_batch", *self.PLAIN} - state.keys():
-                    raise ValueError(f"it lacks {min(absent)}, and is of another version")
-                origin, population = state["origin"], reflect.Population.from_json(state["population"])
-                if self.learner:
-                    self.learner.restore(file.get_tensor, state["updates"])
-        except Exception as error:      # safetensors and json raise their own kinds for a damaged file; of another version: KeyError
-            raise ValueError(f"{self.state_file} is damaged ({error}): start anew with --overwrite, "
-                             "or put a good copy there") from error
-        changed = []
-        for name, (length, sha256) in state["journals"].items():
-            if hashlib.sha256((self.folder / name).read_bytes()[:length]).hexdigest() != sha256:
-                changed.append(self.folder / name)
+        # 1. The state, whole.
+        with (reading(f"{self.state_file} is damaged: put a good copy there, or start anew with --overwrite"),
+              safe_open(self.state_file, "pt") as file):
+            text, tensors = file.metadata()["run"], ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+            refuse(file.metadata()["sha256"] != digest(text, tensors), "its checksum is wrong")
+            state = json.loads(text)
+            config, origin, updates, micro_batch = (state[name] for name in ("config", "origin", "updates", "micro_batch"))
+            journals, plain = {name: state["journals"][name] for name in self.JOURNALS}, {name: state[name] for name in self.PLAIN}
+            population = reflect.Population.from_json(state["population"])
+
+        # 2. What it was saved with must not have changed.
+        changed = [self.folder / name for name, (length, sha256) in journals.items()
+                   if hashlib.sha256((self.folder / name).read_bytes()[:length]).hexdigest() != sha256]
         kept = lambda settings: {name: value for name, value in settings.items() if name not in RESUME_FLAGS}
-        if kept(vars(Config()) | state["config"]) != kept(vars(self.config)):      # a setting younger than the run had its default
+        if kept(vars(Config()) | config) != kept(vars(self.config)):               # a setting younger than the run had its default
             changed.append(self.folder / "config.json")
         else:                                             # of the same task and model
             changed += [what for what, before in origin.items() if self.origin[what] != before]
         if changed:
-            raise ValueError(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
-        for name in self.PLAIN:
-            setattr(self, name, state[name])
-        if all(state["config"][name] == getattr(self.config, name) for name in ("micro_batch", "memory")):     # else these are new
-            self.micro_batch = state["micro_batch"]
-        self.population = population
-        for name, (length, _) in state["journals"].items():
+            raise Refused(f"{changed[-1]} was changed since the state was saved: undo that, or start anew with --overwrite")
+
+        # 3. Go on from it.
+        if self.learner:
+            with reading(self.state_file), safe_open(self.state_file, "pt") as file:
+                self.learner.restore(file.get_tensor, updates)
+        vars(self).update(plain, population=population)
+        if all(config[name] == getattr(self.config, name) for name in ("micro_batch", "memory")):      # else these are new
+            self.micro_batch = micro_batch
+        for name, (length, _) in journals.items():
             os.truncate(self.folder / name, length)
 
     def go(self):
@@ -863,9 +883,7 @@ class Run:
         if self.stop:
             self.save()
             return False
-        if not self.finished:
-            self.finish()
-        return True
+        return self.finished or self.finish()
 
     def after(self, kind, task):
         """Evaluation and saving, where they are due. A task's last phase always evaluates that task and all earlier ones."""
@@ -880,14 +898,17 @@ class Run:
             self.save()
 
     def finish(self):
-        """The test problems, read once: {base, trained weights} x {seed, evolved prompt}; and the curves."""
+        """The test problems, read once: {base, trained weights} x {seed, evolved prompt}; and the curves. False if asked to stop before the last task."""
         for task in range(len(self.tasks)):
+            if self.stop:                                 # the rows so far are cut off when the run goes on
+                return False
             row = self.evaluate(task, "test", 2 * self.config.eval_problems)
             self.log(row)
             say(table(row))
         plot([self.folder], self.folder / "curves.png")
         self.finished = True
         self.save()
+        return True
 
     def interrupt(self, *_):
         if self.stop:
@@ -1031,9 +1052,9 @@ def read_seed_prompt(value):
             text = read_text(value).removeprefix("\ufeff").strip()
             refuse(value.endswith(".json") and not isinstance(json.loads(text or "{}"), dict), "not a JSON object")
         if not text:
-            raise ValueError(f"--seed-prompt {value} is an empty file")
-    elif re.fullmatch(r"\S*/\S*|\S+\.(txt|md|json)", value):
-        raise ValueError(f"--seed-prompt {value} looks like a file, and there is none")
+            raise Refused(f"--seed-prompt {value} is an empty file")
+    elif re.fullmatch(r"\S*/\S*|.*\.(txt|md|json)", value):
+        raise Refused(f"--seed-prompt {value} looks like a file, and there is none")
     context = read_context(text)
     return text if context == Context(text) else json.dumps(dataclasses.asdict(context))
 
@@ -1044,7 +1065,7 @@ def tokens_or_auto(text):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags)")
+        raise Refused(f"{message} (--help lists the flags)")
 
 
 def parse(argv):
@@ -1077,7 +1098,7 @@ def stored_config(folder, changes={}):
         asked, resolved = Config(**stored["asked"]), Config(**stored["resolved"])
         for field in dataclasses.fields(Config):
             if type(getattr(resolved, field.name)) is not field.type:
-                raise ValueError(f"{field.name} is not of type {field.type.__name__}")
+                raise Refused(f"{field.name} is not of type {field.type.__name__}")
         new = {name for name, value in changes.items() if value != getattr(resolved, name)}
         anew = ["memory"] * ("device" in new) + ["max_new_tokens"] * bool(new & {"task", "level"})
         return asked, resolve(dataclasses.replace(resolved, **dict.fromkeys(anew) | changes))
@@ -1087,17 +1108,8 @@ def write_config(folder, asked, resolved):
     write_text(folder / "config.json", json.dumps({"asked": vars(asked), "resolved": vars(resolved)}, indent=1))
 
 
-def inputs_of(c):
-    """Loads on the CPU what a run begins with, and refuses what it would refuse -> (model, tokens of the longest question and of the
-    longest prompt, number of weights of a separate reflector)."""
-    tasks, (model, tokenizer) = tasks_of(c), load(c.model)
-    question, prompt = room_for_prompts(c, tasks, tokenizer, model.config.context_length)
-    *_, more = load_reflector(dataclasses.replace(c, device="cpu"), model, tokenizer)
-    return model, question, prompt, more
-
-
 def open_run(config, overwrite):
-    """The resolved configuration of a new run, or of the one that the same command began, and the lock on its folder. ValueError where
+    """The resolved configuration of a new run, or of the one that the same command began, and the lock on its folder. Refused where
     another process holds it, or it has another run's or other people's files."""
     import fcntl
     resolved = resolve(config)
@@ -1108,8 +1120,8 @@ def open_run(config, overwrite):
     lock = open(folder / "lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)      # let go by the system when the process ends, however it ends
-    except OSError as error:
-        raise ValueError(f"another process is at work in {folder}") from error
+    except BlockingIOError as error:
+        raise Refused(f"another process is at work in {folder}") from error
 
     # 2. What a killed process left half written goes.
     first, rows, state = folder / "config.json", folder / "metrics.jsonl", folder / STATE
@@ -1134,7 +1146,7 @@ def open_run(config, overwrite):
             return resolved, lock
         if begun:                                             # else nothing would be lost
             other = ", ".join(f"{key} {vars(before)[key]!r}, now {value!r}" for key, value in changed.items())
-            raise ValueError(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
+            raise Refused(f"{folder} holds a run with other settings ({other}): give another --out, or add --overwrite")
 
     # 4. A new run: other people's files are refused, a run's own deleted, but only for a command that can replace them.
     known = {"lock", "config.json", "checkpoint", "state", "curves.png", *Run.JOURNALS} if ours else {"lock"}
@@ -1146,7 +1158,7 @@ def open_run(config, overwrite):
         refuse(os.path.exists(name) and folder.resolve() in Path(name).resolve().parents,
                f"{name} would be deleted with all else that {folder} holds: give another --out")
     if begun:
-        inputs_of(resolved)
+        load_inputs(dataclasses.replace(resolved, device="cpu"))
     for pattern in ("state/*", "curves.png", *Run.JOURNALS, "checkpoint/*"):      # the last may be of another model, with other files
         for file in folder.glob(pattern):
             file.unlink()
@@ -1157,7 +1169,7 @@ def open_run(config, overwrite):
 def check(config):
     """What a run would be: every setting with where its default comes from, and the rollouts, memory and time it may take."""
     c = resolve(config)
-    model, question, prompt, more = inputs_of(c)
+    _, model, _, question, prompt, other = load_inputs(dataclasses.replace(c, device="cpu"))
     for field in FLAGS:
         value, source = getattr(c, field.name), field.metadata["source"]
         print(f"{field.name:18} {value!s:28} {'as asked' if getattr(config, field.name) != field.default else source}")
@@ -1167,7 +1179,7 @@ def check(config):
     steps = sum(kind == "slow" for kind, _, _ in phases)
     slow = steps * c.batch * c.group
     fast = sum(int(c.passes * c.batch * len(steps_of(c, i))) for kind, _, i in phases if kind == "fast")
-    parts, micro_batch, slots = plan(c, m, weights, question, prompt, more)
+    parts, micro_batch, slots = plan(c, m, weights, question, prompt, count_weights(other[0]) if other else 0)
     print(f"\n{slow} slow rollouts, at most {fast} fast ones, and the evaluations', of at most {c.max_new_tokens} tokens each")
     print(f"micro-batches of {micro_batch:,} tokens, {slots} slots; memory in GB, without the libraries' own:")
     print("  " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))
@@ -1178,7 +1190,7 @@ def check(config):
         K, context = (1, prompt) if c.method == "rl" else (c.prompts, c.prompt_tokens)
         work = 5 * steps * K * (context + c.batch * QUESTION) + 6 * slow * c.max_new_tokens
         work += fast * (QUESTION + 4 * c.max_new_tokens + (c.prompt_tokens + reflect.PROBES * (QUESTION + c.max_new_tokens)) // 8)
-        asked = 2 * c.eval_problems * (4 * len(c.task.split(",")) + math.ceil(steps / (c.eval_every or c.steps)) + 1)
+        asked = 2 * c.eval_problems * (4 * len(task_names(c.task)) + math.ceil(steps / (c.eval_every or c.steps)) + 1)
         work += asked * (QUESTION + 2 * c.max_new_tokens * (1 + c.eval_samples))
         minutes = 2 * weights * work / rate / 60
         print(f"time: about {minutes:.0f} minutes in {c.dtype}, {rate / 1e9:.0f} GFLOP/s here, if all answers reach their limit")
@@ -1237,7 +1249,7 @@ def main(argv=None):
                 say(f"{resolved.method} of {resolved.model} ({resolved.why_model}) on {resolved.task}, "
                     f"{resolved.device} {resolved.dtype}: {resolved.out}")
                 return 0 if run.go() else 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (Refused, OSError, FloatingPointError) as error:
         return complain(error)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

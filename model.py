@@ -262,10 +262,10 @@ def aligned(n, device):
     return n if device.type == "cpu" else -(-n // 8) * 8
 
 
-class Layout:
 KEPT_KEYS = 512           # on a CPU the scores of tokens that see at most so many are kept for the backward pass
 
 
+class Layout:
     """Segments of text that continue each other, packed into one flat list of tokens for one forward pass.
 
     segments: list of (tokens, parent), parent being the index of an earlier segment, or None. A token sees its own segment up
@@ -523,22 +523,28 @@ def read_json(files, name) -> dict:
         return {**json.loads(files.get(name, "{}"))}             # anything but an object raises
 
 
+class Refused(ValueError):
+    """What a user can mend, said in one sentence. Any other ValueError is a mistake in the program, and keeps its traceback."""
+
+
 def refuse(condition, reason):
     if condition:
-        raise ValueError(reason)
+        raise Refused(reason)
 
 
 @contextlib.contextmanager
 def reading(name):
-    """A damaged file can make its readers raise anything: here it becomes one ValueError with the file's name."""
+    """A damaged file can make its readers raise anything: here it becomes one Refused with the file's name."""
     try:
         yield
     except (ValueError, OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise Refused(f"{name}: {error}") from error
     except KeyError as error:
-        raise ValueError(f"{name}: it lacks {error}") from error
+        raise Refused(f"{name}: it lacks {error}") from error
     except Exception as error:
-        raise ValueError(f"{name}: it cannot be read ({error!r})") from error
+        if out_of_memory(error):
+            raise
+        raise Refused(f"{name}: it cannot be read ({error!r})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -567,7 +573,7 @@ def load(name, device="cpu", dtype=None):
             path = Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, "model*.safetensors"]))
         except Exception as error:  # no such name, no network, a gated repository: each has its own error
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{name} is not a directory, and the Hub did not give it ({reason}): give a Hugging Face "
+            raise Refused(f"{name} is not a directory, and the Hub did not give it ({reason}): give a Hugging Face "
                              "directory, a .gguf file, smollm2-135m, or a Hub id as owner/model") from error
     with reading(path):
         files, tensors = read_gguf(path) if path.suffix == ".gguf" else read_directory(path)

@@ -28,7 +28,7 @@ import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
-from model import refuse
+from model import Refused, refuse
 from rollout import NUMBER, Context, Example, extract_answer, same_answer
 
 OPERATORS = ("rewrite", "lesson", "example", "brief", "merge")
@@ -456,7 +456,7 @@ class Search:
             # that known solutions are likelier, or, if the parent solves next to nothing else, that two more answers are in form.
             better, blank = right > parent_right, right == parent_right == 0
             tidier = formed >= parent_formed + 2 and self.unsolved(parent.mean(self.step))
-            if right > parent_right or (right == parent_right == 0 and (tidier or self.likelier(child.context, parent.context))):
+            if better or blank and (tidier or self.likelier(child.context, parent.context)):
                 child.verdict = "accepted"
                 self.waiting.append(child)
 
@@ -544,7 +544,7 @@ class Search:
             refuse((size := self.count_tokens(context)) > self.prompt_tokens, f"too long: {size} tokens with its examples")
             refuse(found := leaks(system, self.anchors) - leaks(parent.context.system, self.anchors) - self.labels,
                    f"copies the {', '.join(sorted({kind for _, kind in found}))} of an anchor problem")
-        except ValueError as error:
+        except Refused as error:
             self.population.operators["rewrite"][1] += 1
             return self.add(Context(printable(reply)[:2000], parent.context.examples), parent, "rewrite", "rejected", str(error))
         return self.add(context, parent, "rewrite")

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Layout, TokenLogprobs, aligned, attention, cache_folder, out_of_memory, reading, refuse, replace_file
+from model import Layout, Refused, TokenLogprobs, aligned, attention, cache_folder, out_of_memory, reading, refuse, replace_file
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Context:
         refuse("examples" not in row and len(row) > 1, "it has no 'examples'")      # but perhaps 'example'
         context = Context(row["system"], tuple(map(Example.from_json, row.get("examples", ()))))
         if not all(isinstance(text, str) for text in (context.system, *(t for e in context.examples for t in vars(e).values()))):
-            raise ValueError("not a text")
+            raise Refused("not a text")
         return context
 
 
@@ -165,7 +165,7 @@ class Task:
                 questions.add(words)
         if not all(self.splits.values()):
             sizes = ", ".join(f"{split} {len(problems)}" for split, problems in self.splits.items())
-            raise ValueError(f"task {label} needs problems in each of its three splits, and has {sizes} (a line can name its 'split')")
+            raise Refused(f"task {label} needs problems in each of its three splits, and has {sizes} (a line can name its 'split')")
         if repeated := sum(map(len, rows.values())) - len(questions):
             print(f"task {label}: dropped {repeated} repeated questions", file=sys.stderr)
 
@@ -212,7 +212,7 @@ class Generated(Task):
             if len(drawn) == 512 + 256 + 4096:
                 break
         else:
-            raise ValueError(f"task {self.name} makes {len(drawn)} different questions, and needs 4864")
+            raise Refused(f"task {self.name} makes {len(drawn)} different questions, and needs 4864")
         rows = rng.sample(list(drawn.values()), len(drawn))     # shuffled: wordings with few problems are drawn early
         return {"test": rows[:512], "val": rows[512:768], "train": rows[768:]}
 
@@ -329,7 +329,7 @@ def parse_row(line):
     try:
         row = json.loads(line.decode("utf-8-sig"), parse_int=Decimal, parse_float=Decimal)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not a JSON object on a line of its own: {error}") from error
+        raise Refused(f"not a JSON object on a line of its own: {error}") from error
     refuse(not isinstance(row, dict), "not a JSON object")
     texts = ["" if row.get(key) is None else row[key] for key in ("question", "answer", "solution", "split")]
     texts[1] = str(texts[1]) if isinstance(texts[1], Decimal) else texts[1]
@@ -353,7 +353,7 @@ def read_jsonl(path):
         try:
             rows += [parse_row(line)] if line.strip() else []
         except (ValueError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"{path}, line {count}: {error}") from error
+            raise Refused(f"{path}, line {count}: {error}") from error
     return rows
 
 
@@ -421,7 +421,7 @@ class ReasoningGym(Task):
         try:
             import reasoning_gym
         except ImportError as error:
-            raise ValueError("task rg:NAME needs a package: pip install reasoning-gym") from error
+            raise Refused("task rg:NAME needs a package: pip install reasoning-gym") from error
         with reading(f"rg:{argument}"):
             self.source = reasoning_gym.create_dataset(argument, seed=0, size=1600)
         refuse(re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(type(self.source))),
@@ -811,7 +811,7 @@ def ask(sampler, task, jobs, max_new_tokens, temperature=1.0, seed=0, progress=N
         text = sampler.tokenizer.decode(completion.answer)
         grade = task.grade(problem, text, completion.stopped)
         if not 0 <= grade.reward <= 1:
-            raise ValueError(f"task {task.name} gave a reward of {grade.reward}: it must be from 0 to 1")
+            raise Refused(f"task {task.name} gave a reward of {grade.reward}: it must be from 0 to 1")
         rollouts.append(Rollout(problem, context, prompts[context, problem], completion.tokens, completion.logprobs, text,
                                 completion.stopped, float(grade.reward), grade.feedback))
     return rollouts
@@ -835,7 +835,8 @@ def answer_states(model, rows):
         if len(tokens) > 1:                                        # a completion's last token predicts nothing
             segments.append((tokens[:-1], ends[row]))
             ends[row] = len(segments) - 1
-    layout = Layout(segments, model.embedding.device)
+    device = model.embedding.device
+    layout = Layout(segments, device)
     # a row's path from its prompt's last token on: whose hidden states predict the completion
     predictors = torch.tensor([i for (prompt, _), end in zip(rows, ends) for i in layout.paths[end][len(prompt) - 1:]], device=device)
     targets = torch.tensor([token for _, tokens in rows for token in tokens], device=device)

@@ -2394,8 +2394,9 @@ def test_each_row_is_trained_under_its_own_prompt(tiny_run):
     assert len(seen[2].context.examples) == 1 and len(seen[6].context.examples) == 2
     assert all(r.prompt == tuple(run.tokenizer.chat(r.context.messages(r.problem.question))) for r in seen)
     kept = fst.read_rows(run.folder / "rollouts.jsonl")
-    assert [(r["problem"], r["question"], r["text"]) for r in kept] == [(r.problem.id, r.problem.question, r.text) for r in (seen[0], seen[6])]
-    assert [r["prompt"] for r in kept] == [0, 1] and {r["step"] for r in kept} == {row["step"]} == {1}      # under one prompt after the other
+    shown = seen[0], seen[6], seen[8]                                                         # one of each group
+    assert [(r["problem"], r["question"], r["text"]) for r in kept] == [(r.problem.id, r.problem.question, r.text) for r in shown]
+    assert [r["prompt"] for r in kept] == [0, 1, 0] and {r["step"] for r in kept} == {row["step"]} == {1}      # under one prompt after the other
     run.batch = lambda *_: problems
     run.slow(0, 1)
     assert all(a.prompt == b.prompt and a.tokens != b.tokens for a, b in zip(seen[:12], seen[12:]))
@@ -2468,8 +2469,15 @@ def test_batches_are_a_function_of_seed_and_step(tiny_run):
     assert ids[:8] != ids[8:]
 
 
+def test_task_names():
+    """A comma before no task's name belongs to a file's."""
+    for names in (["star"], ["star", "codeio", "star"], ["jsonl:a,b.jsonl"], ["jsonl:one, two/star.jsonl", "gsm8k"], ["arithmetic", "jsonl:a,star.jsonl", "rg:gcd"]):
+        assert fst.task_names(",".join(names)) == names
+    assert fst.task_names("star,chess") == ["star,chess"]
+
+
 def test_schedules():
-    config = lambda method: fst.Config(method=method, steps=5, cycle=2, task="a,b")
+    config = lambda method: fst.Config(method=method, steps=5, cycle=2, task="star,codeio")
     slow, fast = [("slow", 0, s) for s in range(5)], [("fast", 0, c) for c in range(3)]
     mixed = [fast[0], *slow[:2], fast[1], *slow[2:4], fast[2], slow[4]]
     for method, phases in {"fst": mixed, "distill": mixed, "rl": slow, "gepa": fast, "rl+gepa": slow + fast, "gepa+rl": fast + slow}.items():
@@ -2872,6 +2880,25 @@ def test_ctrl_c_saves_and_goes_on(tmp_path, monkeypatch, number):
     assert signal.signal(number, before) is mine
 
 
+def test_ctrl_c_at_the_end(tmp_path, monkeypatch):
+    """While the first of two tasks' test problems are read: the second's are left for the next time, which ends with the same bytes."""
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "first")                     # for its data and model
+    (tmp_path / "more.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace("What is", "How much is"))
+    flags = [*SHORT, "--task", f"jsonl:{tmp_path / 'data.jsonl'},jsonl:{tmp_path / 'more.jsonl'}"]
+    run_fst(tmp_path, *flags, "--out", tmp_path / "whole")
+    evaluate, read = fst.Run.evaluate, []
+
+    def interrupted(self, task, split, count):
+        if split == "test":
+            read.append(task)
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self, task, split, count)
+    with monkeypatch.context() as patch:
+        patch.setattr(fst.Run, "evaluate", interrupted)
+        assert run_fst(tmp_path, *flags, "--out", tmp_path / "cut", check=False).code == 130 and read == [0]
+    assert run_fst(tmp_path, *flags, "--out", tmp_path / "cut").code == 0 and what_counts(tmp_path / "cut") == what_counts(tmp_path / "whole")
+
+
 def refused(capsys, *flags):
     code = fst.main([str(flag) for flag in flags])
     err = capsys.readouterr().err
@@ -2942,6 +2969,36 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     content = state.read_bytes()
     assert f"{tmp_path / 'one' / 'config.json'} was changed" in one_sentence(run_fst(tmp_path, *SHORT, "--out", tmp_path / "one", check=False))
     assert state.read_bytes() == content
+
+
+def test_what_keeps_a_good_state_from_being_read_is_named(tmp_path, monkeypatch):
+    """Neither want of memory nor another model is called a damaged state, which one would delete."""
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "run")
+    state = (tmp_path / "run" / fst.STATE).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(fst.Learner, "restore", lambda *_: torch.empty(2 ** 60))
+        assert "out of memory" in one_sentence(run_fst(tmp_path, *SHORT, "--out", tmp_path / "run", check=False))
+        patch.setattr(model, "build", lambda *_: torch.empty(2 ** 60))
+        assert "out of memory" in one_sentence(run_fst(tmp_path, *SHORT, "--out", tmp_path / "run", check=False))
+    monkeypatch.setitem(SMALL, "intermediate_size", 96)
+    write_checkpoint(tmp_path / "model", "qwen3")
+    assert f"the model {tmp_path / 'model'} was changed" in one_sentence(run_fst(tmp_path, *SHORT, "--out", tmp_path / "run", check=False))
+    assert (tmp_path / "run" / fst.STATE).read_bytes() == state
+
+
+def test_a_mistake_in_a_task_keeps_its_traceback(tmp_path, monkeypatch):
+    """What a user can mend is a sentence; what the author of a task has to, where it happened."""
+    run_fst(tmp_path, *SHORT, "--out", tmp_path / "run")
+    monkeypatch.setattr(rollout.Task, "grade", lambda *_: int("twelve"))
+    with pytest.raises(ValueError, match="invalid literal for int.*twelve"):
+        run_fst(tmp_path, *SHORT, "--out", tmp_path / "new")
+
+
+def test_locks_that_the_file_system_lacks_are_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert "Function not implemented" in one_sentence(run_fst(tmp_path, *SHORT, "--out", tmp_path / "run", check=False))
 
 
 def test_a_model_that_ends_no_answer_is_refused(tmp_path, capsys):
@@ -3074,7 +3131,9 @@ def test_nothing_is_deleted_that_is_not_the_runs_or_that_it_needs(tmp_path):
 
     keeps_all("would be deleted", out, *SHORT, "--model", out / "checkpoint", "--overwrite")
     keeps_all("would be deleted", out, "--reflector", out / "checkpoint", "--overwrite")
-    keeps_all("chat template", out, "--reflector", tmp_path / "silent", "--overwrite")
+    silent = tmp_path / "silent"
+    for flag in ("--reflector", "--model"):
+        keeps_all(f"fst.py: {silent}: the checkpoint has no chat template", out, flag, silent, "--overwrite")
     (out / "checkpoint" / "converted").mkdir()
     keeps_all("checkpoint/converted", out, *SHORT, "--overwrite")
     (out / "checkpoint" / "converted").rmdir()
@@ -3202,10 +3261,15 @@ def test_what_is_on_disk_is_safe(tmp_path, capsys):
     assert run["config"]["kl"] == fst.Config().kl
     safetensors.torch.save_file(tensors, state, {"run": older, "sha256": fst.digest(older, sorted(tensors.items()))})
     assert run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2).code == 0 and what_counts(tmp_path / "run") == before
+    (tmp_path / "thesis.tex").write_text("ours")                  # a stranger's state may name it, and nothing happens to it
+    text = json.dumps(run | {"journals": run["journals"] | {"../thesis.tex": [0, hashlib.sha256().hexdigest()]}})
+    safetensors.torch.save_file(tensors, state, {"run": text, "sha256": fst.digest(text, sorted(tensors.items()))})
+    assert run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2).code == 0
+    assert (tmp_path / "thesis.tex").read_text() == "ours" and what_counts(tmp_path / "run") == before
     for absent in ("origin", "micro_batch", "spent"):
         text = json.dumps({key: value for key, value in run.items() if key != absent})
         safetensors.torch.save_file(tensors, state, {"run": text, "sha256": fst.digest(text, sorted(tensors.items()))})
-        assert f"lacks {absent}" in one_sentence(run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False))
+        assert f"it lacks '{absent}'" in one_sentence(run_fst(tmp_path, "--out", tmp_path / "run", "--method", "rl", "--steps", 2, check=False))
         assert what_counts(tmp_path / "run") == before
 
 
